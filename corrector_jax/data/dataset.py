@@ -1,0 +1,212 @@
+"""What every data source gives: targets, and queries with their known positives per split.
+
+`load` reads any of them; the rest of the package knows only `RetrievalData`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from corrector_jax.types import UserError
+
+SPLITS = ("train", "dev", "test")
+
+
+class Split(NamedTuple):
+    """The queries of one split; entry i of each list belongs to query i.
+
+    Attributes:
+      query_ids: n unique ids.
+      texts: n texts.
+      positives: n arrays int32, the sorted unique rows of the query's known positives, one or more.
+      grades: n arrays int32, parallel to `positives`; 1 in data without grades.
+    """
+
+    query_ids: list[str]
+    texts: list[str]
+    positives: list[np.ndarray]
+    grades: list[np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrievalData:
+    """A corpus of N targets and the queries judged against it.
+
+    Attributes:
+      name: a word for reports and file names.
+      target_ids: N unique ids; a target's row is its place in this list.
+      target_texts: N texts, as they are tokenized.
+      splits: `train`, `dev`, `test`, as far as the source has them; none is empty.
+    """
+
+    name: str
+    target_ids: list[str]
+    target_texts: list[str]
+    splits: dict[str, Split]
+
+    def known_positives(self, split: str) -> np.ndarray:
+        """K_i of every query of a split: [n, K] int32, K the largest count there, -1 pads."""
+        positives = self.splits[split].positives
+        counts = np.array([len(rows) for rows in positives])
+        known = np.full((len(positives), counts.max()), -1, np.int32)
+        known[np.arange(known.shape[1])[None, :] < counts[:, None]] = np.concatenate(positives)
+        return known
+
+    def fingerprint(self) -> str:
+        """Sha256, in hex, of the corpus: every id and text, in order."""
+        digest = hashlib.sha256()
+        for pair in zip(self.target_ids, self.target_texts, strict=True):
+            for text in pair:
+                content = text.encode()
+                digest.update(len(content).to_bytes(8, "little"))
+                digest.update(content)
+        return digest.hexdigest()
+
+
+def load(
+    path: str,
+    *,
+    target_template: str = "{title} {text}",
+    max_targets: int = 0,
+    max_queries: int = 0,
+) -> RetrievalData:
+    """Reads a data source, and cuts it to size where asked.
+
+    Args:
+      path: a folder in BEIR layout; '' for the embedded code search data.
+      target_template: how a target's text is made of its `{title}` and `{text}`.
+      max_targets: keep that many targets, 0 for all; see `subset`.
+      max_queries: keep that many queries of dev and of test each, 0 for all.
+
+    Raises:
+      UserError: something is wrong with the source or the template, or the cut leaves nothing.
+    """
+    # The sources need this module's types, so they are imported where they are chosen.
+    from corrector_jax.data import beir, code_search
+
+    _check_template(target_template)
+    if path:
+        data = beir.read(path, target_template=target_template)
+    else:
+        data = code_search.build(target_template=target_template)
+    return subset(data, max_targets=max_targets, max_queries=max_queries)
+
+
+def eval_split(data: RetrievalData, wanted: str = "auto") -> str:
+    """The split the final evaluation uses.
+
+    Args:
+      data: the data at hand.
+      wanted: 'dev', 'test', or 'auto': test if present, else dev.
+
+    Raises:
+      UserError: the split is not there, or `wanted` is none of the three words.
+    """
+    if wanted not in ("auto", "dev", "test"):
+        raise UserError(f"data.eval_split is {wanted!r}: write 'auto', 'dev' or 'test'.")
+    for split in ("test", "dev") if wanted == "auto" else (wanted,):
+        if split in data.splits:
+            return split
+    asked = "a test or dev split" if wanted == "auto" else f"a {wanted} split"
+    raise UserError(
+        f"{data.name} has no queries for {asked}, which the evaluation needs; "
+        f"it has: {', '.join(data.splits) or 'no split at all'}."
+    )
+
+
+def subset(data: RetrievalData, *, max_targets: int = 0, max_queries: int = 0) -> RetrievalData:
+    """A smaller task of the same kind, the same on every machine.
+
+    Targets are chosen by a hash of their id, so that the smaller of two subsets lies inside the
+    larger; they keep their order. A query stays if one of its positives does, and is judged against
+    those that stay. Then the queries of dev and test are thinned likewise; train keeps all its own.
+
+    Args:
+      data: the whole.
+      max_targets: how many targets to keep, 0 for all.
+      max_queries: how many queries of dev and of test each to keep, 0 for all.
+
+    Raises:
+      UserError: a negative number, or no query is left.
+    """
+    for key, value in (("max_targets", max_targets), ("max_queries", max_queries)):
+        if value < 0:
+            raise UserError(f"data.{key} is {value}: write 0 for all, or a positive number.")
+    if 0 < max_targets < len(data.target_ids):
+        data = _keep_targets(data, _smallest(data.target_ids, max_targets))
+        if not data.splits:
+            raise UserError(
+                f"data.max_targets={max_targets} leaves no query of {data.name} with a positive: "
+                "write a larger number."
+            )
+    if max_queries:
+        thinned = {
+            name: _keep_queries(split, _smallest(split.query_ids, max_queries).tolist())
+            for name, split in data.splits.items()
+            if name != "train"
+        }
+        data = dataclasses.replace(data, splits=data.splits | thinned)
+    return data
+
+
+def render_target(template: str, *, title: str, text: str) -> str:
+    """A target's text: the template filled in, without leading or trailing blanks."""
+    return template.format(title=title, text=text).strip()
+
+
+def stable_hash(text: str) -> int:
+    """A 64-bit hash of a text that is the same in every process and on every machine."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def _check_template(template: str) -> None:
+    try:
+        filled = render_target(template, title="", text="some text")
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"data.target_template={template!r} cannot be filled in: write a text with {{title}} "
+            "and {text} as its only fields."
+        ) from error
+    if "some text" not in filled:
+        raise UserError(f"data.target_template={template!r} drops the text: write {{text}} in it.")
+
+
+def _smallest(ids: Sequence[str], count: int) -> np.ndarray:
+    """The sorted rows of the `count` ids with the smallest hashes, [<= count] int64."""
+    hashes = np.array([stable_hash(identifier) for identifier in ids], np.uint64)
+    return np.sort(np.argsort(hashes, kind="stable")[:count])
+
+
+def _keep_queries(split: Split, rows: Sequence[int]) -> Split:
+    return Split(
+        query_ids=[split.query_ids[row] for row in rows],
+        texts=[split.texts[row] for row in rows],
+        positives=[split.positives[row] for row in rows],
+        grades=[split.grades[row] for row in rows],
+    )
+
+
+def _keep_targets(data: RetrievalData, rows: np.ndarray) -> RetrievalData:
+    new_row = np.full(len(data.target_ids), -1, np.int32)
+    new_row[rows] = np.arange(len(rows), dtype=np.int32)
+    splits = {}
+    for name, split in data.splits.items():
+        judged = [new_row[positives] for positives in split.positives]
+        split = split._replace(
+            positives=[kept[kept >= 0] for kept in judged],
+            grades=[grades[kept >= 0] for grades, kept in zip(split.grades, judged, strict=True)],
+        )
+        split = _keep_queries(split, [i for i, kept in enumerate(split.positives) if len(kept)])
+        if split.query_ids:
+            splits[name] = split
+    return dataclasses.replace(
+        data,
+        target_ids=[data.target_ids[row] for row in rows],
+        target_texts=[data.target_texts[row] for row in rows],
+        splits=splits,
+    )

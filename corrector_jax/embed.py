@@ -1,0 +1,177 @@
+"""Targets in blocks, each embedded once: the one place that goes over a corpus."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from corrector_jax import cache as caches
+from corrector_jax.cache import TargetCache, TargetTokens
+from corrector_jax.models.corrector import Corrector
+from corrector_jax.models.dual_encoder import DualEncoder
+from corrector_jax.negatives import Gated
+from corrector_jax.sharding import Placement
+from corrector_jax.steps.embed_step import embed_step
+from corrector_jax.types import Array, PyTree
+
+BUCKET = 16
+"""Block lengths are multiples of this many tokens: few shapes to compile, little padding."""
+
+Progress = Callable[[int], None]
+"""Told how many targets a block held, once the block is done."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedder:
+    """Embeds targets block by block, in order of length, in a few static shapes.
+
+    Attributes:
+      model: the dual encoder.
+      tokens: the token table.
+      lengths: [N] int, tokens of each target.
+      place: the mesh.
+      block: targets embedded at once, over all devices.
+    """
+
+    model: DualEncoder
+    tokens: TargetTokens
+    lengths: np.ndarray
+    place: Placement
+    block: int
+
+    def blocks(
+        self, params: PyTree, ids: np.ndarray, progress: Progress | None = None
+    ) -> Iterator[tuple[Array, Array]]:
+        """Embeds `ids` with the current parameters.
+
+        Args:
+          params: the encoders' parameters.
+          ids: [n] rows to embed, in any order.
+          progress: told of each block.
+
+        Yields:
+          (ids [b] int32 on every device, -1 where the last block is not full; fresh [b, D]
+          float32 on every device). A block is meant to be used and dropped.
+        """
+        width = self.tokens.ids.shape[1]
+        for part in id_blocks(ids[np.argsort(self.lengths[ids], kind="stable")], self._block):
+            longest = int(self.lengths[part[part >= 0]].max())
+            length = min(width, -(-longest // BUCKET) * BUCKET)
+            placed = self.place.put_everywhere(part)
+            fresh = self._embed(params, self.tokens, placed, length=length)
+            yield placed, fresh
+            if progress is not None:
+                fresh.block_until_ready()  # so that the rate shown is the rate of work
+                progress(int((part >= 0).sum()))
+
+    def queries(self, params: PyTree, tokens: np.ndarray) -> Array:
+        """Embeds queries.
+
+        Args:
+          params: the encoders' parameters.
+          tokens: [Q, T] int.
+
+        Returns:
+          [Q', D] float32 split by row, Q' >= Q; the rows from Q on are of empty queries.
+        """
+        rows = self._block * -(-len(tokens) // self._block)
+        padded = np.zeros((rows, tokens.shape[1]), np.int32)
+        padded[: len(tokens)] = tokens
+        parts = [
+            self._embed_queries(params, self.place.put_rows(padded[at : at + self._block]))
+            for at in range(0, rows, self._block)
+        ]
+        return jax.device_put(jnp.concatenate(parts), self.place.rows)
+
+    @functools.cached_property
+    def _block(self) -> int:
+        return self.place.pad(self.block)
+
+    @functools.cached_property
+    def _embed(self) -> Callable[..., Array]:
+        step = functools.partial(embed_step, model=self.model, place=self.place)
+        return jax.jit(step, static_argnames="length", out_shardings=self.place.everywhere)
+
+    @functools.cached_property
+    def _embed_queries(self) -> Callable[..., Array]:
+        return self.place.jit_step(self.model.encode_queries, (self.place.rows,))
+
+
+class Consumer(Protocol):
+    """Something that uses every block of a pass over the corpus."""
+
+    def add(self, ids: Array, fresh: Array) -> None:
+        """Takes ids [b] int32 (-1 = empty place) and embeddings [b, D] float32."""
+        ...
+
+
+def go_over(
+    embedder: Embedder,
+    params: PyTree,
+    ids: np.ndarray,
+    consumers: list[Consumer],
+    progress: Progress | None = None,
+) -> int:
+    """One pass: every target is embedded once and handed to every consumer.
+
+    Args:
+      embedder: makes the blocks.
+      params: the encoders' parameters.
+      ids: [n] rows to go over.
+      consumers: use each block before it is dropped.
+      progress: told of each block.
+
+    Returns:
+      How many targets were encoded, for the ledger.
+    """
+    for block, fresh in embedder.blocks(params, ids, progress):
+        for consumer in consumers:
+            consumer.add(block, fresh)
+    return len(ids)
+
+
+def cached_blocks(
+    cache: TargetCache,
+    psi: Gated,
+    ids: np.ndarray,
+    *,
+    corrector: Corrector,
+    block: int,
+    place: Placement,
+) -> Iterator[tuple[Array, Array]]:
+    """The corrected cache as a source of blocks: h(C[y]), nothing is encoded.
+
+    Args:
+      cache: the cache.
+      psi: the corrector as selection uses it.
+      ids: [n] rows.
+      corrector: h.
+      block: rows at once.
+      place: the mesh.
+
+    Yields:
+      As `Embedder.blocks`.
+    """
+
+    @jax.jit
+    def corrected(cache: TargetCache, psi: Gated, ids: Array) -> Array:
+        return corrector.apply(psi.params, caches.take(cache, ids, place), psi.gate)
+
+    for part in id_blocks(ids, place.pad(block)):
+        placed = place.put_everywhere(part)
+        yield placed, corrected(cache, psi, placed)
+
+
+def id_blocks(ids: np.ndarray, block: int) -> Iterator[np.ndarray]:
+    """[n] rows -> blocks [block] int32, the last one filled up with -1."""
+    for at in range(0, len(ids), block):
+        part = np.full(block, -1, np.int32)
+        held = ids[at : at + block]
+        part[: len(held)] = held
+        yield part

@@ -1,0 +1,338 @@
+"""Evaluation: exact search, exact divergences, and what they are compared with."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from corrector_jax import config as configs
+from corrector_jax.cache import TargetCache
+from corrector_jax.checkpoint import Checkpoints
+from corrector_jax.embed import Consumer, Embedder, cached_blocks, go_over
+from corrector_jax.job import Job, full_encoder, make_job
+from corrector_jax.negatives import Gated
+from corrector_jax.ranking import Measured, Ranking, bm25, measure, write_trec
+from corrector_jax.sharding import Placement
+from corrector_jax.steps.eval_step import Best, Gap, gap_step, search_step
+from corrector_jax.steps.train_step import Method
+from corrector_jax.types import Array, PyTree, UserError
+from corrector_jax.writer import progress, replace, say
+
+
+class Search:
+    """Exact top-k of some queries over every block that is added."""
+
+    def __init__(self, queries: Array, count: int, *, k: int, place: Placement) -> None:
+        """Starts with nothing found.
+
+        Args:
+          queries: [Q', D] float32 split by row.
+          count: Q, how many of them are real.
+          k: results kept per query.
+          place: the mesh.
+        """
+        self._queries, self._count = queries, count
+        self._step = _jit_search(place)
+        self._best = place.put_rows(jax.device_get(Best.empty(queries.shape[0], k)))
+
+    def add(self, ids: Array, fresh: Array) -> None:
+        """Merges one block: ids [b] int32 (-1 = empty place), embeddings [b, D] float32."""
+        self._best = self._step(self._best, self._queries, fresh, ids)
+
+    def ranking(self) -> Ranking:
+        """The top-k of the real queries, on the host: rows and scores [Q, k]."""
+        scores, ids = jax.device_get(self._best)
+        ids = ids[: self._count]
+        return Ranking(ids, np.where(ids >= 0, scores[: self._count], 0.0).astype(np.float32))
+
+
+class GapMeter:
+    """KL(P || P_stale), KL(P || P_h), drift and corrected error over every block that is added."""
+
+    def __init__(
+        self,
+        queries: Array,
+        count: int,
+        *,
+        cache: TargetCache,
+        psi: Gated,
+        method: Method,
+        place: Placement,
+    ) -> None:
+        """Starts with nothing seen.
+
+        Args:
+          queries: [Q', D] float32 split by row, fresh.
+          count: Q, how many of them are real.
+          cache: the cache to hold against fresh embeddings; it must live as long as this does.
+          psi: the corrector as selection uses it.
+          method: gives beta and h.
+          place: the mesh.
+        """
+        self._queries, self._count = queries, count
+        self._cache, self._psi = cache, psi
+        self._step = _jit_gap(method, place)
+        empty = jax.device_get(Gap.empty(queries.shape[0]))
+        self._gap = Gap(
+            place.put_rows(empty.stale),
+            place.put_rows(empty.corrected),
+            place.put_everywhere(empty.drift),
+            place.put_everywhere(empty.corrected_error),
+        )
+
+    def add(self, ids: Array, fresh: Array) -> None:
+        """Adds one block: ids [b] int32 (-1 = empty place), fresh embeddings [b, D] float32."""
+        self._gap = self._step(self._gap, self._queries, fresh, ids, self._cache, self._psi)
+
+    def result(self) -> dict[str, float]:
+        """kl_stale and kl_corrected (nats, means over queries), drift and corrected_error."""
+        gap: Gap = jax.device_get(self._gap)
+        return {
+            "kl_stale": float(np.mean(gap.stale.kl()[: self._count])),
+            "kl_corrected": float(np.mean(gap.corrected.kl()[: self._count])),
+            "drift": float(gap.drift.total / gap.drift.weight),
+            "corrected_error": float(gap.corrected_error.total / gap.corrected_error.weight),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+    """One pass over targets, seen by the queries of some splits.
+
+    Attributes:
+      records: split -> what `eval/NAME.json` holds.
+      rankings: split -> top-k.
+      encoded: targets encoded for it.
+    """
+
+    records: dict[str, dict[str, Any]]
+    rankings: dict[str, Ranking]
+    encoded: int
+
+    def scalars(self, dataset: str) -> dict[str, float]:
+        """The metrics under the names of metrics.jsonl: eval/DATASET-SPLIT/METRIC."""
+        values = {}
+        for split, record in self.records.items():
+            for name, value in {**record["metrics"], **(record["distribution"] or {})}.items():
+                values[f"eval/{dataset}-{split}/{name}"] = value
+        return values
+
+
+def evaluate(
+    job: Job,
+    params: PyTree,
+    *,
+    step: int,
+    splits: list[str],
+    corpus: str = "full",
+    embedder: Embedder | None = None,
+    cache: TargetCache | None = None,
+    psi: Gated | None = None,
+    also: Sequence[Consumer] = (),
+    label: str = "evaluating",
+) -> Evaluated:
+    """Ranks targets for the queries of some splits, exactly, in one pass.
+
+    Args:
+      job: the job.
+      params: the encoders' parameters.
+      step: training steps done.
+      splits: whose queries.
+      corpus: "full" embeds all targets, "sample" the judged and some uniform ones, "corrected"
+        ranks h(C) and embeds none.
+      embedder: another model's, to compare with; None = the job's own.
+      cache: with `psi`, and unless it is ranked itself, measured against fresh embeddings.
+      psi: the corrector as selection uses it.
+      also: other users of the same pass.
+      label: what the progress line says.
+
+    Returns:
+      Records and rankings by split.
+    """
+    source = embedder or job.embedder
+    ids = _targets_to_rank(job, splits, corpus)
+    searches: dict[str, Search] = {}
+    gaps: dict[str, GapMeter] = {}
+    for split in splits:
+        tokens = job.query_tokens[split]
+        queries = source.queries(params, tokens)
+        k = min(job.config.eval.top_k, len(ids))
+        searches[split] = Search(queries, len(tokens), k=k, place=job.place)
+        if cache is not None and psi is not None and corpus == "full":
+            gaps[split] = GapMeter(
+                queries, len(tokens), cache=cache, psi=psi, method=job.method, place=job.place
+            )
+    consumers: list[Consumer] = [*searches.values(), *gaps.values(), *also]
+    encoded = 0
+    if corpus == "corrected":
+        if cache is None or psi is None:
+            raise ValueError("ranking the corrected cache needs a cache and a corrector")
+        blocks = cached_blocks(
+            cache,
+            psi,
+            ids,
+            corrector=job.method.corrector,
+            block=job.config.eval.batch_size,
+            place=job.place,
+        )
+        for block, rows in blocks:
+            for consumer in consumers:
+                consumer.add(block, rows)
+    else:
+        with progress(label, len(ids), "targets") as advance:
+            encoded = go_over(source, params, ids, consumers, advance)
+    rankings = {split: search.ranking() for split, search in searches.items()}
+    records = {}
+    for split in splits:
+        measured = measure(job.data.splits[split], rankings[split], job.data.target_ids)
+        records[split] = _record(
+            step=step,
+            split=split,
+            corpus=corpus,
+            ranked=len(ids),
+            measured=measured,
+            distribution=gaps[split].result() if split in gaps else None,
+        )
+    return Evaluated(records, rankings, encoded)
+
+
+def write(
+    job: Job, workdir: Path, name: str, record: dict[str, Any], found: Ranking
+) -> dict[str, Any]:
+    """Leaves an evaluation in the workdir: `eval/NAME.json` and `runs/NAME.trec`.
+
+    Args:
+      job: the job.
+      workdir: the run's folder.
+      name: of the evaluation.
+      record: of `evaluate`.
+      found: its ranking.
+
+    Returns:
+      The record, with its name and the path of its run.
+    """
+    record = {"name": name, **record, "run": f"runs/{name}.trec"}
+    split = job.data.splits[record["split"]]
+    (workdir / "runs").mkdir(exist_ok=True)
+    write_trec(workdir / record["run"], split, found, job.data.target_ids, name)
+    replace(workdir / "eval" / f"{name}.json", json.dumps(record) + "\n")
+    return record
+
+
+def evaluate_run(workdir: Path, *, name: str = "") -> Path:
+    """Evaluates the newest checkpoint of a run on its final split, with the full corpus.
+
+    Args:
+      workdir: the run's folder.
+      name: of the evaluation; empty = SPLIT-step-STEP.
+
+    Returns:
+      The path of `eval/NAME.json`; results.json is left alone.
+
+    Raises:
+      UserError: there is no run or no checkpoint, or the name is taken by the run itself.
+    """
+    if name in ("before", "after", "bm25", "pretrained") or "/" in name:
+        raise UserError(f"--name is {name!r}, which names a part of the run itself: write another")
+    saved = workdir / "config.json"
+    if not saved.exists():
+        raise UserError(f"{workdir} holds no config.json: --workdir must be the folder of a run")
+    config = configs.from_json(saved.read_text())
+    checkpoints = Checkpoints(workdir)
+    step = checkpoints.latest()
+    if step is None:
+        raise UserError(f"{workdir} holds no checkpoint to evaluate: train there first")
+    job = make_job(config)
+    empty = job.empty_cache() if job.uses_cache else None
+    state, cache, _ = checkpoints.resume(job.init_state(), empty, step=step)
+    split = job.final_split
+    result = evaluate(
+        job, state.params, step=step, splits=[split], cache=cache, psi=state.corrector.gated
+    )
+    name = name or f"{split}-step-{step}"
+    record = write(job, workdir, name, result.records[split], result.rankings[split])
+    for metric, value in {**record["metrics"], **(record["distribution"] or {})}.items():
+        say(f"{metric:>16} {value:.4f}")
+    path = workdir / "eval" / f"{name}.json"
+    say(f"{split} of {job.data.name} at step {step:,}: {path}")
+    checkpoints.close()
+    return path
+
+
+def references(job: Job, workdir: Path) -> int:
+    """What the final split's result stands beside: BM25, and the encoder with all its layers.
+
+    Args:
+      job: the job.
+      workdir: where `eval/bm25.json` and `eval/pretrained.json` go, as far as they are asked for.
+
+    Returns:
+      Targets encoded.
+    """
+    split, size, encoded = job.final_split, job.size, 0
+    if job.config.eval.bm25:
+        queries = job.data.splits[split]
+        found = bm25(job.data.target_texts, queries.texts, min(job.config.eval.top_k, size))
+        measured = measure(queries, found, job.data.target_ids)
+        record = _record(
+            step=0, split=split, corpus="full", ranked=size, measured=measured, distribution=None
+        )
+        write(job, workdir, "bm25", record, found)
+    if job.config.eval.full_encoder:
+        embedder, params = full_encoder(job)
+        result = evaluate(
+            job, params, step=0, splits=[split], embedder=embedder, label="all layers"
+        )
+        write(job, workdir, "pretrained", result.records[split], result.rankings[split])
+        encoded = result.encoded
+    return encoded
+
+
+def _targets_to_rank(job: Job, splits: list[str], corpus: str) -> np.ndarray:
+    if corpus != "sample":
+        return np.arange(job.size)
+    judged = [row for split in splits for row in job.data.splits[split].positives]
+    drawn = np.random.default_rng([job.config.seed, 1]).choice(
+        job.size, min(job.config.eval.sample_targets, job.size), replace=False
+    )
+    return np.union1d(np.concatenate(judged), drawn)
+
+
+def _record(
+    *,
+    step: int,
+    split: str,
+    corpus: str,
+    ranked: int,
+    measured: Measured,
+    distribution: dict[str, float] | None,
+) -> dict[str, Any]:
+    return {
+        "step": step,
+        "split": split,
+        "corpus": corpus,
+        "queries": len(next(iter(measured.per_query.values()))),
+        "targets_ranked": ranked,
+        "metrics": measured.metrics,
+        "distribution": distribution,
+        "per_query": {key: values.tolist() for key, values in measured.per_query.items()},
+    }
+
+
+@functools.cache
+def _jit_search(place: Placement) -> Callable[..., Best]:
+    return place.jit_step(search_step, (place.rows,), donate=(0,))
+
+
+@functools.lru_cache(maxsize=4)
+def _jit_gap(method: Method, place: Placement) -> Callable[..., Gap]:
+    step = functools.partial(gap_step, beta=method.beta, corrector=method.corrector, place=place)
+    out = (place.rows, place.rows, place.everywhere, place.everywhere)
+    return place.jit_step(step, out, donate=(0,))

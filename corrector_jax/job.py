@@ -1,0 +1,352 @@
+"""From a configuration to everything a loop works with."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from corrector_jax import cache as caches
+from corrector_jax import config as configs
+from corrector_jax import losses, optimizer, rng, weights
+from corrector_jax.cache import TargetCache, TargetTokens
+from corrector_jax.data import dataset, tokenize
+from corrector_jax.data.dataset import RetrievalData
+from corrector_jax.embed import Embedder
+from corrector_jax.models import corrector as correctors
+from corrector_jax.models import pretrained
+from corrector_jax.models.bert import BertConfig
+from corrector_jax.models.dual_encoder import DualEncoder, Encoder
+from corrector_jax.negatives import InBatch, Proposal, TwoLevel, Uniform
+from corrector_jax.sharding import Placement, make_placement
+from corrector_jax.state import CorrectorState, TrainState, init_corrector, init_state
+from corrector_jax.steps.train_step import Method
+from corrector_jax.types import Array, PyTree, UserError
+from corrector_jax.writer import say
+
+LENGTH_MULTIPLE = 8
+"""Token tables are no wider than their longest text, rounded up to this many tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Everything that stays the same during a run.
+
+    Attributes:
+      config: the configuration.
+      data: targets, queries and judgements.
+      dev_split: evaluated during training, and where probe queries come from.
+      final_split: evaluated before and after training.
+      place: the mesh.
+      tokens: the token table.
+      embedder: embeds targets with the model.
+      query_tokens: split name -> [n, T] int32.
+      known: [n, K] int32, known positives of the training queries, -1 pads.
+      probe_queries: [Q, T] int32 on the mesh, queries never trained on.
+      probe_ids: [U] int32 on the mesh, the probe's targets.
+      encoder_source: where the weights came from, in words.
+      encoder_params: one tower's parameters at the start, on the host; None = random.
+      model: the dual encoder.
+      method: the strategy as the step sees it.
+      learning_rate: by update.
+      tx: the task optimizer.
+      corrector_tx: the corrector's optimizer.
+    """
+
+    config: ConfigDict
+    data: RetrievalData
+    dev_split: str
+    final_split: str
+    place: Placement
+    tokens: TargetTokens
+    embedder: Embedder
+    query_tokens: dict[str, np.ndarray]
+    known: np.ndarray
+    probe_queries: Array
+    probe_ids: Array
+    encoder_source: str
+    encoder_params: PyTree
+    model: DualEncoder
+    method: Method
+    learning_rate: optax.Schedule
+    tx: optax.GradientTransformation
+    corrector_tx: optax.GradientTransformation
+
+    @property
+    def size(self) -> int:
+        """N."""
+        return self.tokens.size
+
+    @property
+    def uses_cache(self) -> bool:
+        """Whether the strategy reads cached embeddings."""
+        return isinstance(self.method.proposal, TwoLevel)
+
+    def init_corrector(self, step: int) -> CorrectorState:
+        """A corrector at the identity, for the snapshot made before step `step`."""
+        return init_corrector(
+            rng.key(self.config.seed, "corrector", step),
+            corrector=self.method.corrector,
+            tx=self.corrector_tx,
+            dim=self.model.dim,
+            ring=self.config.corrector.updates - 1 if self.method.corrector.learns else 0,
+            rows=self.config.train.batch_size * (1 + self.method.proposal.draws)
+            + self.method.uniform_rows,
+        )
+
+    def init_state(self) -> TrainState:
+        """Step 0, on the mesh."""
+
+        def init(params: PyTree) -> TrainState:
+            if params is None:
+                params = self.model.init(rng.key(self.config.seed, "parameters"))
+            return init_state(params, self.init_corrector(0), tx=self.tx)
+
+        params = None
+        if self.encoder_params is not None:
+            params = self.model.from_encoder_params(self.encoder_params)
+        return jax.jit(init, out_shardings=self.place.everywhere)(params)
+
+    def empty_cache(self) -> TargetCache:
+        """A cache of the right shape with nothing in it."""
+        return caches.create(
+            self.size,
+            self.model.dim,
+            dtype=self.config.cache.dtype,
+            block_rows=self.config.negatives.block_rows,
+            place=self.place,
+        )
+
+
+def make_job(config: ConfigDict) -> Job:
+    """Loads data and weights, tokenizes, and builds what the configuration names.
+
+    Args:
+      config: validated.
+
+    Returns:
+      The job.
+
+    Raises:
+      UserError: data, weights and configuration do not fit together.
+    """
+    place = _placement(config)
+    data = dataset.load(
+        config.data.path,
+        target_template=config.data.target_template,
+        max_targets=config.data.max_targets,
+        max_queries=config.data.max_queries,
+    )
+    final_split = dataset.eval_split(data, config.data.eval_split)
+    if "train" not in data.splits:
+        raise UserError(f"{data.name} has no train split to train on: add qrels/train.tsv")
+    say(_describe(data))
+    tokenizer, bert, encoder_params, source, pooling = _encoder(config)
+    encoder = Encoder(
+        config=bert,
+        pooling=config.model.pooling or pooling,
+        normalize=config.model.normalize,
+        dtype=config.model.dtype,
+    )
+    model = DualEncoder(encoder, shared=config.model.shared_towers)
+    tokens, lengths = _token_table(config, data, tokenizer, bert, place)
+    query_tokens = {
+        name: tokenizer.encode(
+            split.texts, max_len=config.data.query_max_len, prefix=config.data.query_prefix
+        ).astype(np.int32)
+        for name, split in data.splits.items()
+    }
+    widest = max(_width(table, tokenizer.pad_id) for table in query_tokens.values())
+    query_tokens = {name: table[:, :widest] for name, table in query_tokens.items()}
+    learning_rate = optimizer.schedule(
+        config.train.schedule,
+        peak=config.train.learning_rate,
+        warmup=config.train.warmup // config.train.accumulate,
+        steps=config.train.steps // config.train.accumulate,
+    )
+    dev_split = "dev" if "dev" in data.splits else final_split
+    probe_queries, probe_ids = _probe(config, query_tokens[dev_split], tokens.size, place)
+    return Job(
+        config=config,
+        data=data,
+        dev_split=dev_split,
+        final_split=final_split,
+        place=place,
+        tokens=tokens,
+        embedder=Embedder(model, tokens, lengths, place, config.eval.batch_size),
+        query_tokens=query_tokens,
+        known=data.known_positives("train"),
+        probe_queries=probe_queries,
+        probe_ids=probe_ids,
+        encoder_source=source,
+        encoder_params=encoder_params,
+        model=model,
+        method=_method(config, tokens.size, place),
+        learning_rate=learning_rate,
+        tx=optimizer.task_optimizer(
+            learning_rate,
+            clip=config.train.clip,
+            weight_decay=config.train.weight_decay,
+            accumulate=config.train.accumulate,
+        ),
+        corrector_tx=optimizer.corrector_optimizer(
+            peak=config.corrector.learning_rate, warmup=config.corrector.warmup
+        ),
+    )
+
+
+def full_encoder(job: Job) -> tuple[Embedder, PyTree]:
+    """The same published encoder with all its layers, to compare with.
+
+    Args:
+      job: the job.
+
+    Returns:
+      An embedder over the same tokens, and the parameters on the mesh.
+    """
+    files = weights.find(job.config.model.weights)
+    bert = pretrained.bert_config(files.config)
+    encoder = Encoder(
+        config=bert, pooling=job.model.encoder.pooling, normalize=job.config.model.normalize
+    )
+    model = DualEncoder(encoder)
+    params = model.from_encoder_params(pretrained.bert_params(files.tensors, bert))
+    embedder = dataclasses.replace(job.embedder, model=model)
+    return embedder, job.place.put_everywhere(params)
+
+
+def _placement(config: ConfigDict) -> Placement:
+    available = jax.device_count()
+    if config.mesh.devices > available:
+        raise UserError(
+            f"config.mesh.devices is {config.mesh.devices} but jax sees {available} "
+            f"{jax.devices()[0].platform} device(s): write {available} or less, or 0 for all"
+        )
+    place = make_placement(config.mesh.devices)
+    for key in ("train.batch_size",):
+        if configs.get(config, key) % place.num_devices:
+            raise UserError(
+                f"config.{key} is {configs.get(config, key)}, which {place.num_devices} devices "
+                f"cannot share evenly: write a multiple of {place.num_devices}"
+            )
+    return place
+
+
+def _encoder(config: ConfigDict) -> tuple[tokenize.TextTokenizer, BertConfig, PyTree, str, str]:
+    """Tokenizer, sizes, one tower's parameters (None = random), source, pooling."""
+    model = config.model
+    if model.weights == "random":
+        tokenizer = tokenize.TextTokenizer(weights.find_tokenizer(model.tokenizer))
+        bert = BertConfig(
+            vocab_size=tokenizer.vocab_size,
+            hidden_size=model.hidden,
+            num_layers=model.layers or 2,
+            num_heads=model.heads,
+            intermediate_size=model.intermediate,
+            max_positions=max(config.data.query_max_len, config.data.target_max_len),
+            pad_id=tokenizer.pad_id,
+        )
+        return tokenizer, bert, None, "random weights", "mean"
+    files = weights.find(model.weights)
+    bert = pretrained.bert_config(files.config, layers=model.layers)
+    params = pretrained.bert_params(files.tensors, bert)
+    tokenizer = tokenize.TextTokenizer(files.tokenizer_json)
+    return tokenizer, bert, params, files.source, files.pooling
+
+
+def _token_table(
+    config: ConfigDict,
+    data: RetrievalData,
+    tokenizer: tokenize.TextTokenizer,
+    bert: BertConfig,
+    place: Placement,
+) -> tuple[TargetTokens, np.ndarray]:
+    for key in ("query_max_len", "target_max_len"):
+        if config.data[key] > bert.max_positions:
+            raise UserError(
+                f"config.data.{key} is {config.data[key]} but the encoder reads at most "
+                f"{bert.max_positions} tokens: write {bert.max_positions} or less"
+            )
+    length, prefix = config.data.target_max_len, config.data.target_prefix
+    table = tokenizer.encode(data.target_texts, max_len=length, prefix=prefix)
+    table = table[:, : _width(table, tokenizer.pad_id)]
+    fingerprint = tokenize.token_fingerprint(
+        tokenizer, prefix=prefix, max_len=length, content_fingerprint=data.fingerprint()
+    )
+    tokens = caches.create_tokens(
+        table,
+        fingerprint=fingerprint,
+        pad_id=tokenizer.pad_id,
+        block_rows=config.negatives.block_rows,
+        place=place,
+    )
+    return tokens, tokenize.lengths(table, tokenizer.pad_id)
+
+
+def _probe(
+    config: ConfigDict, queries: np.ndarray, size: int, place: Placement
+) -> tuple[Array, Array]:
+    """A fixed sample of queries and targets, of counts that the devices share evenly."""
+    chosen = np.random.default_rng([config.seed, 2])
+    counts = []
+    for wanted, there in (
+        (config.corrector.probe_queries, len(queries)),
+        (config.corrector.probe_targets, size),
+    ):
+        count = min(wanted, there) // place.num_devices * place.num_devices
+        counts.append(count or min(wanted, there))
+    rows = chosen.choice(len(queries), counts[0], replace=False)
+    ids = chosen.choice(size, counts[1], replace=False).astype(np.int32)
+    return place.put_everywhere(queries[rows]), place.put_everywhere(np.sort(ids))
+
+
+def _width(table: np.ndarray, pad_id: int) -> int:
+    longest = int(tokenize.lengths(table, pad_id).max())
+    return min(table.shape[1], -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+
+
+def _method(config: ConfigDict, size: int, place: Placement) -> Method:
+    words = configs.chosen(config)
+    corrector = correctors.make(
+        words["corrector"], hidden=config.corrector.hidden, normalize=config.model.normalize
+    )
+    draws = config.negatives.draws
+    proposal: Proposal
+    if words["proposal"] == "two_level":
+        proposal = TwoLevel(
+            draws=draws,
+            beta=config.model.beta,
+            corrector=corrector,
+            block_rows=config.negatives.block_rows,
+            tile_rows=config.cache.tile_rows,
+            place=place,
+        )
+    elif words["proposal"] == "uniform":
+        proposal = Uniform(draws=draws, size=size)
+    else:
+        proposal = InBatch()
+    estimator = words["estimator"]
+    in_batch = words["proposal"] == "in_batch"
+    drift = {"mse": (1.0, 0.0), "kl": (0.0, 1.0), "both": (1.0, config.corrector.kl_weight)}
+    mse_weight, kl_weight = drift[config.corrector.loss]
+    return Method(
+        beta=config.model.beta,
+        proposal=proposal,
+        estimator=losses.ESTIMATORS[estimator],
+        shared=estimator == "balanced" or config.loss.shared or in_batch,
+        positives=estimator == "truncated",
+        corrector=corrector,
+        uniform_rows=config.corrector.uniform_rows if corrector.learns else 0,
+        mse_weight=mse_weight,
+        kl_weight=kl_weight,
+    )
+
+
+def _describe(data: RetrievalData) -> str:
+    queries: dict[str, Any] = {name: len(split.texts) for name, split in data.splits.items()}
+    counts = ", ".join(f"{count:,} {name}" for name, count in queries.items())
+    return f"data: {data.name}, {len(data.target_ids):,} targets, queries: {counts}"

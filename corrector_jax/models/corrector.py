@@ -1,0 +1,176 @@
+"""The target corrector network h(.; Psi): a stale embedding in, an estimate of the fresh one out.
+
+Every corrector is a residual map that starts as the identity (METHOD section 5). Besides `apply`,
+each says how to score queries against many stale rows at the least cost: `fold` moves what it can
+from the N rows to the B queries, `lift` is what is left to do per row, and
+
+    beta <q, h(c)>  ==  <fold(q), lift(c)> + offset.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from corrector_jax.types import Array, PyTree
+
+
+class Folded(NamedTuple):
+    """Queries made ready for a sweep.
+
+    Attributes:
+      queries: [B, D] float32, beta and the linear part of the corrector included.
+      offset: [B] float32, added to every logit of the query. It cancels in the softmax but not
+        in log Z.
+    """
+
+    queries: Array
+    offset: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """h(c) = c: the stale cache as it is. It has no parameters and nothing to learn.
+
+    Example:
+      >>> Identity().apply({}, jnp.ones((1, 2)), 1.0)
+      Array([[1., 1.]], dtype=float32)
+    """
+
+    learns = False
+
+    def init(self, key: Array, dim: int) -> PyTree:
+        """No parameters: an empty tree. `key` and `dim` are not used."""
+        return {}
+
+    def apply(self, params: PyTree, rows: Array, gate: Array | float) -> Array:
+        """[..., D] float32 -> the same [..., D]."""
+        return rows
+
+    def fold(self, params: PyTree, queries: Array, beta: float, gate: Array | float) -> Folded:
+        """[B, D] float32 -> beta q, no offset."""
+        return Folded(beta * queries, jnp.zeros(queries.shape[0], jnp.float32))
+
+    def lift(self, params: PyTree, rows: Array, gate: Array | float) -> Array:
+        """[..., D] float32 -> the same [..., D]."""
+        return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """h(c) = c + W c + b, which folds into the query: sweeping costs no more than stale rows.
+
+    <q, c + W c + b> = <q + W^T q, c> + <q, b>. Its output is not normalised: it must fold.
+
+    Example:
+      >>> Linear().init(jax.random.key(0), 2)["bias"]
+      Array([0., 0.], dtype=float32)
+    """
+
+    learns = True
+
+    def init(self, key: Array, dim: int) -> PyTree:
+        """W = b = 0: the identity. `key` is not used."""
+        return {"kernel": jnp.zeros((dim, dim)), "bias": jnp.zeros((dim,))}
+
+    def apply(self, params: PyTree, rows: Array, gate: Array | float) -> Array:
+        """h(c), or c itself where the gate is 0.
+
+        Args:
+          params: {"kernel": [D, D] (c @ kernel), "bias": [D]}.
+          rows: [..., D] float32 stale rows.
+          gate: scalar, 1 = corrected, 0 = the identity.
+
+        Returns:
+          [..., D] float32.
+        """
+        return rows + gate * (rows @ params["kernel"] + _like(params["bias"], rows))
+
+    def fold(self, params: PyTree, queries: Array, beta: float, gate: Array | float) -> Folded:
+        """[B, D] float32 -> (beta (q + gate W^T q), beta gate <q, b>)."""
+        shift = queries @ params["kernel"].T
+        return Folded(beta * (queries + gate * shift), beta * gate * (queries @ params["bias"]))
+
+    def lift(self, params: PyTree, rows: Array, gate: Array | float) -> Array:
+        """[..., D] float32 -> the same [..., D]: all of h sits in the query."""
+        return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Mlp:
+    """h(c) = c + W2 gelu(W1 c + b1) + b2, normalised iff the encoder normalises.
+
+    Attributes:
+      hidden: width of the hidden layer; 0 = D.
+      normalize: whether g's embeddings are unit vectors.
+
+    Example:
+      >>> Mlp(hidden=8).init(jax.random.key(0), 2)["outer"]["kernel"].shape
+      (8, 2)
+    """
+
+    hidden: int = 0
+    normalize: bool = True
+
+    learns = True
+
+    def init(self, key: Array, dim: int) -> PyTree:
+        """W1 ~ N(0, 1/D), W2 = b2 = 0: the identity, with a gradient that reaches W2 at once."""
+        hidden = self.hidden or dim
+        return {
+            "inner": {
+                "kernel": jax.random.normal(key, (dim, hidden)) / jnp.sqrt(dim),
+                "bias": jnp.zeros((hidden,)),
+            },
+            "outer": {"kernel": jnp.zeros((hidden, dim)), "bias": jnp.zeros((dim,))},
+        }
+
+    def apply(self, params: PyTree, rows: Array, gate: Array | float) -> Array:
+        """h(c), or exactly c where the gate is 0.
+
+        Args:
+          params: the tree of `init`.
+          rows: [..., D] float32 stale rows.
+          gate: scalar, 1 = corrected, 0 = the identity.
+
+        Returns:
+          [..., D] float32.
+        """
+        inner, outer = params["inner"], params["outer"]
+        hidden = jax.nn.gelu(rows @ inner["kernel"] + _like(inner["bias"], rows))
+        corrected = rows + hidden @ outer["kernel"] + _like(outer["bias"], rows)
+        if self.normalize:
+            square = jnp.sum(jnp.square(corrected), axis=-1, keepdims=True)
+            corrected = corrected * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+        # Interpolated, not applied to scaled parameters: normalising a row that was rounded for
+        # storage moves it, and a closed gate must be exactly the identity.
+        return rows + gate * (corrected - rows)
+
+    def fold(self, params: PyTree, queries: Array, beta: float, gate: Array | float) -> Folded:
+        """[B, D] float32 -> beta q, no offset: nothing of a two-layer network folds."""
+        return Folded(beta * queries, jnp.zeros(queries.shape[0], jnp.float32))
+
+    def lift(self, params: PyTree, rows: Array, gate: Array | float) -> Array:
+        """[..., D] float32 -> h(rows) [..., D]."""
+        return self.apply(params, rows, gate)
+
+
+Corrector = Identity | Linear | Mlp
+
+
+def make(kind: str, *, hidden: int = 0, normalize: bool = True) -> Corrector:
+    """A corrector by its config word: "identity", "linear" or "mlp"."""
+    kinds: dict[str, Corrector] = {
+        "identity": Identity(),
+        "linear": Linear(),
+        "mlp": Mlp(hidden, normalize),
+    }
+    return kinds[kind]
+
+
+def _like(vector: Array, rows: Array) -> Array:
+    """[D] -> [1, ..., 1, D], so that ranks agree without implicit promotion."""
+    return jnp.reshape(vector, (1,) * (rows.ndim - 1) + vector.shape)

@@ -1,0 +1,72 @@
+"""The two optimizers: one for the encoders, one for the corrector."""
+
+from __future__ import annotations
+
+import jax
+import optax
+
+
+def schedule(kind: str, *, peak: float, warmup: int, steps: int) -> optax.Schedule:
+    """Learning rate by update.
+
+    Args:
+      kind: "linear" or "cosine" (decays to 0 at `steps`) or "constant".
+      peak: the largest value.
+      warmup: updates of linear rise from 0; the first update already moves.
+      steps: updates in all.
+
+    Returns:
+      A function of the update count.
+    """
+    decay = max(steps - warmup, 1)
+    after = {
+        "linear": optax.linear_schedule(peak, 0.0, decay),
+        "cosine": optax.cosine_decay_schedule(peak, decay),
+        "constant": optax.constant_schedule(peak),
+    }[kind]
+    if not warmup:
+        return after
+    rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def task_optimizer(
+    learning_rate: optax.Schedule, *, clip: float, weight_decay: float, accumulate: int
+) -> optax.GradientTransformation:
+    """AdamW behind a clip of the global norm; weights of rank 2 and more decay.
+
+    Args:
+      learning_rate: by update.
+      clip: largest global gradient norm; 0 = no clip.
+      weight_decay: AdamW's.
+      accumulate: steps whose gradients are averaged into one update.
+
+    Returns:
+      The transformation; with `accumulate` > 1 it updates on every such step.
+    """
+
+    def decays(params: optax.Params) -> optax.Params:
+        return jax.tree.map(lambda p: p.ndim > 1, params)
+
+    tx = optax.adamw(learning_rate, weight_decay=weight_decay, mask=decays)
+    if clip:
+        tx = optax.chain(optax.clip_by_global_norm(clip), tx)
+    if accumulate > 1:
+        steps = optax.MultiSteps(tx, every_k_schedule=accumulate)
+        return optax.GradientTransformation(steps.init, steps.update)
+    return tx
+
+
+def corrector_optimizer(*, peak: float, warmup: int) -> optax.GradientTransformation:
+    """Adam with a linear ramp from 0 (METHOD section 5).
+
+    Without the ramp the first update alone moves h further than the drift it is to correct.
+
+    Args:
+      peak: learning rate after the ramp.
+      warmup: updates of the ramp, after the start and after every reset.
+
+    Returns:
+      The transformation; a fresh state starts the ramp again.
+    """
+    return optax.adam(schedule("constant", peak=peak, warmup=warmup, steps=0))

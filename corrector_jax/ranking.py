@@ -1,0 +1,294 @@
+"""What a retriever found: retrieval measures, TREC run files, BM25, and paired intervals.
+
+A `Ranking` holds rows of the targets, best first. Everything here is NumPy on the host; ids appear
+only where a file or a measuring package wants names instead of rows.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from corrector_jax.types import UserError
+
+METRICS = ("recall@1", "recall@20", "recall@100", "mrr@10", "ndcg@10")
+# Characters that would break a line of a TREC file, or that UTF-8 cannot hold.
+_UNSAFE = re.compile(r"[\s\x00-\x1f\x7f\ud800-\udfff]")
+
+
+class Judged(Protocol):
+    """The part of a data split that measuring needs."""
+
+    @property
+    def query_ids(self) -> Sequence[str]:
+        """Q names, all different."""
+
+    @property
+    def positives(self) -> Sequence[np.ndarray]:
+        """Q arrays of target rows, the known positives of each query."""
+
+    @property
+    def grades(self) -> Sequence[np.ndarray]:
+        """Q arrays of whole numbers, how relevant each known positive is."""
+
+
+class Ranking(NamedTuple):
+    """The best targets of every query.
+
+    Attributes:
+      rows: [Q, k] int32, target rows, best first; -1 pads the end where fewer than k were found.
+      scores: [Q, k] float32, never rising along a row; 0 where padded.
+    """
+
+    rows: np.ndarray
+    scores: np.ndarray
+
+
+class Measured(NamedTuple):
+    """Retrieval measures under the names of `METRICS`, each between 0 and 1.
+
+    Attributes:
+      metrics: means over the queries.
+      per_query: [Q] float64 each, in the order of the split.
+    """
+
+    metrics: dict[str, float]
+    per_query: dict[str, np.ndarray]
+
+
+class Interval(NamedTuple):
+    """A difference of means and the interval that holds it."""
+
+    difference: float
+    low: float
+    high: float
+
+
+def measure(split: Judged, ranking: Ranking, target_ids: Sequence[str]) -> Measured:
+    """Measures a ranking with ir_measures: R@1, R@20, R@100, RR@10 and nDCG@10.
+
+    The order of `ranking.rows` is what is measured. Evaluators sort by score and break ties by
+    name, so the score they are given here is minus the rank; equal scores cannot reorder anything.
+
+    Args:
+      split: Q queries with at least one known positive each.
+      ranking: [Q, k] rows; a row may occur once per query. k < 100 makes recall@100 a recall@k.
+      target_ids: N names, by row.
+
+    Raises:
+      ValueError: the split and the ranking disagree in Q, a query has no known positive, or a query
+        was given the same target twice.
+    """
+    import ir_measures
+    from ir_measures import RR, R, nDCG
+
+    count = len(split.query_ids)
+    if len(ranking.rows) != count:
+        raise ValueError(f"The ranking holds {len(ranking.rows)} queries, the split {count}.")
+    name = _names(target_ids, [*split.positives, ranking.rows])
+    qrels, run = {}, {}
+    for i, row in enumerate(ranking.rows):
+        if not len(split.positives[i]):
+            raise ValueError(f"Query {split.query_ids[i]!r} has no known positive to look for.")
+        found = row[row >= 0].tolist()
+        # Queries go by their number: nothing they are called can disturb the evaluator.
+        run[str(i)] = {name[target]: -rank for rank, target in enumerate(found)}
+        if len(run[str(i)]) < len(found):
+            raise ValueError(f"Query {split.query_ids[i]!r} was given the same target twice.")
+        judged = zip(split.positives[i].tolist(), split.grades[i].tolist(), strict=True)
+        qrels[str(i)] = {name[target]: int(grade) for target, grade in judged}
+
+    measures = dict(zip((R @ 1, R @ 20, R @ 100, RR @ 10, nDCG @ 10), METRICS, strict=True))
+    per_query = {metric: np.zeros(count) for metric in METRICS}
+    for result in ir_measures.iter_calc(list(measures), qrels, run):
+        per_query[measures[result.measure]][int(result.query_id)] = result.value
+    means = {metric: float(values.mean()) for metric, values in per_query.items()}
+    return Measured(means, per_query)
+
+
+def write_trec(
+    path: Path, split: Judged, ranking: Ranking, target_ids: Sequence[str], tag: str
+) -> None:
+    """Writes a TREC run file, whole or not at all: `query Q0 target rank score tag` a line.
+
+    Ranks start at 1; scores are the true ones, with the nine digits that give a float32 back. A
+    blank or control character in a name is written as `%` and its code (`a b` becomes `a%20b`). A
+    query for which nothing was found has no line. (Tools that sort by score may order ties anew.)
+
+    Args:
+      path: the file, in an existing folder.
+      split: Q queries.
+      ranking: [Q, k].
+      target_ids: N names, by row.
+      tag: the name of the run.
+
+    Raises:
+      UserError: a name is empty, or two names are written the same way.
+    """
+    name = _names(target_ids, [ranking.rows])
+    query_name = _names(split.query_ids)
+    tag = _name(tag)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8", newline="\n") as file:
+        for i, (rows, scores) in enumerate(zip(ranking.rows, ranking.scores, strict=True)):
+            found = rows >= 0
+            pairs = zip(rows[found].tolist(), scores[found].tolist(), strict=True)
+            file.writelines(
+                f"{query_name[i]} Q0 {name[row]} {rank} {score:.9g} {tag}\n"
+                for rank, (row, score) in enumerate(pairs, start=1)
+            )
+    os.replace(partial, path)
+
+
+def read_trec(path: Path, split: Judged, target_ids: Sequence[str]) -> Ranking:
+    """Reads a TREC run file back, ordered by its ranks.
+
+    Args:
+      path: the file.
+      split: Q queries; those the file leaves out get no target.
+      target_ids: N names, by row.
+
+    Returns:
+      [Q, k], k the most targets any query has in the file.
+
+    Raises:
+      UserError: a line is not a TREC line, or names a query or a target that is not there.
+    """
+    query_of = {name: i for i, name in _names(split.query_ids).items()}
+    row_of = {name: row for row, name in _names(target_ids).items()}
+    found: list[list[tuple[int, int, float]]] = [[] for _ in split.query_ids]
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                query, _, target, rank, score, _ = line.split()
+                entry = int(rank), float(score)
+            except ValueError:
+                raise UserError(
+                    f"{path}:{number} is not a TREC line, write `query Q0 target rank score tag`."
+                ) from None
+            if query not in query_of:
+                raise UserError(f"{path}:{number} names query {query!r}, which this split lacks.")
+            if target not in row_of:
+                raise UserError(f"{path}:{number} names target {target!r}, which is not there.")
+            found[query_of[query]].append((entry[0], row_of[target], entry[1]))
+
+    width = max(map(len, found), default=0)
+    rows = np.full((len(found), width), -1, np.int32)
+    scores = np.zeros((len(found), width), np.float32)
+    for i, entries in enumerate(found):
+        entries.sort(key=lambda entry: entry[0])
+        rows[i, : len(entries)] = [row for _, row, _ in entries]
+        scores[i, : len(entries)] = [score for _, _, score in entries]
+    return Ranking(rows, scores)
+
+
+def bm25(target_texts: Sequence[str], query_texts: Sequence[str], k: int) -> Ranking:
+    """Ranks by BM25 as Lucene scores it (package bm25s, k1 = 1.5, b = 0.75).
+
+    Words are runs of two or more letters, digits or underscores, lower-cased, without English stop
+    words. There is no stemming (it would add up to two points of recall@20 on English questions),
+    and code is read the same way: an identifier is one word, so `read_file` is not found by "file".
+
+    Args:
+      target_texts: N texts.
+      query_texts: Q texts.
+      k: how many targets to keep.
+
+    Returns:
+      [Q, min(k, N)]; targets that share no word with the query are left out, and the lower row wins
+      a tie.
+    """
+    with jax.transfer_guard("allow"):  # on import it tries jax.lax.top_k on a NumPy array
+        import bm25s
+
+    k = min(k, len(target_texts))
+    rows = np.full((len(query_texts), k), -1, np.int32)
+    scores = np.zeros((len(query_texts), k), np.float32)
+    words, queries = (
+        bm25s.tokenize(list(texts), stopwords="english", return_ids=False, show_progress=False)
+        for texts in (target_texts, query_texts)
+    )
+    if not any(words):  # an index without a word divides by its mean length, 0
+        return Ranking(rows, scores)
+    index = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
+    index.index(words, show_progress=False)
+    for i, query in enumerate(queries):
+        if not query:
+            continue
+        # Its own top-k partitions all N scores, nearly all of them 0, which is 50 times slower.
+        score = index.get_scores(query)
+        found = np.flatnonzero(score)
+        if len(found) > k:
+            found = found[score[found] >= np.partition(score[found], -k)[-k]]
+        found = found[np.argsort(-score[found], kind="stable")][:k]
+        rows[i, : len(found)] = found
+        scores[i, : len(found)] = score[found]
+    return Ranking(rows, scores)
+
+
+def paired_bootstrap(
+    before: np.ndarray,
+    after: np.ndarray,
+    *,
+    samples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Percentile interval of mean(after) - mean(before), over the same queries drawn together.
+
+    Args:
+      before: [Q] a measure of every query.
+      after: [Q] the same measure of the same queries, in the same order.
+      samples: how many times Q queries are drawn with replacement.
+      seed: of the draws; the interval is a function of the arguments alone.
+      level: share of the samples inside the interval.
+
+    Raises:
+      ValueError: the two differ in shape, or hold no query.
+    """
+    if before.shape != after.shape or before.ndim != 1 or not before.size:
+        raise ValueError(
+            f"Paired measures need one value per query on both sides, not {before.shape} and "
+            f"{after.shape}."
+        )
+    gain = after.astype(np.float64) - before
+    rng = np.random.default_rng(seed)
+    at_once = max(1, 2**21 // gain.size)  # 16 MB of indices, however many queries there are
+    means = np.concatenate(
+        [
+            gain[rng.integers(gain.size, size=(min(at_once, samples - start), gain.size))].mean(1)
+            for start in range(0, samples, at_once)
+        ]
+    )
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(gain.mean()), float(low), float(high))
+
+
+def _name(text: str) -> str:
+    """A name as one field of a TREC line."""
+    if not text:
+        raise UserError("An empty id cannot stand in a TREC file, give every query and target one.")
+    return _UNSAFE.sub(lambda match: f"%{ord(match.group()):02X}", text)
+
+
+def _names(ids: Sequence[str], used: Iterable[np.ndarray] | None = None) -> dict[int, str]:
+    """{row: name as written in a TREC file} of all ids, or of the rows in `used` (-1 is no row)."""
+    rows: Iterable[int] = range(len(ids))
+    if used is not None:  # a ranking touches few of many million targets
+        flat = np.unique(np.concatenate([np.ravel(array) for array in used]))
+        rows = flat[flat >= 0].tolist()
+    names = {row: _name(ids[row]) for row in rows}
+    seen: dict[str, int] = {}
+    for row, name in names.items():
+        if seen.setdefault(name, row) != row:
+            raise UserError(
+                f"The ids {ids[seen[name]]!r} and {ids[row]!r} would both be written {name!r} in a "
+                "TREC file, rename one of them."
+            )
+    return names

@@ -1,0 +1,289 @@
+"""Draw, read, encode, and update the corrector: what every step that trains a retriever shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from corrector_jax import cache as caches
+from corrector_jax import losses
+from corrector_jax.cache import TargetCache, TargetTokens
+from corrector_jax.losses import Pool
+from corrector_jax.metrics import Mean, mean
+from corrector_jax.models.corrector import Corrector
+from corrector_jax.models.dual_encoder import DualEncoder
+from corrector_jax.negatives import Gated, Proposal
+from corrector_jax.sharding import Placement
+from corrector_jax.state import CorrectorState, Pairs
+from corrector_jax.types import Array, Batch, Draws, PyTree
+
+DriftLoss = Callable[[PyTree, Pairs], Array]
+"""(Psi, pairs [P, D]) -> scalar drift loss, differentiable in Psi alone."""
+
+
+@struct.dataclass
+class Selected:
+    """The labelled positive and the draws of every query, stale and fresh.
+
+    Attributes:
+      draws: what the proposal drew.
+      ids: [B, 1 + m] int32, the positive first.
+      fresh: [B, 1 + m, D] float32, with gradient.
+      stale: [B, 1 + m, D] float32, or None where there is no cache.
+      there: [B, 1 + m] bool, False for a padded query and for a draw that is not valid.
+    """
+
+    draws: Draws
+    ids: Array
+    fresh: Array
+    stale: Array | None
+    there: Array
+
+
+def select(
+    params: PyTree,
+    queries: Array,
+    psi: Gated,
+    cache: TargetCache | None,
+    tokens: TargetTokens,
+    batch: Batch,
+    key: Array,
+    *,
+    model: DualEncoder,
+    proposal: Proposal,
+    place: Placement,
+) -> Selected:
+    """Draws negatives without gradient and encodes them, with the positives, with gradient.
+
+    Args:
+      params: the encoders' parameters.
+      queries: [B, D] float32.
+      psi: the corrector as selection uses it.
+      cache: the cache, or None.
+      tokens: the token table.
+      batch: the batch.
+      key: this step's key for drawing.
+      model: the dual encoder.
+      proposal: where negatives come from.
+      place: the mesh.
+
+    Returns:
+      Positives and draws, B x (1 + m) of them.
+    """
+    draws = proposal.draw(jax.lax.stop_gradient(queries), psi, cache, batch.known, key)
+    ids = jnp.concatenate([batch.positive[:, None], draws.ids], axis=1)
+    rows = ids.reshape(-1)  # query by query, so that a device's share is its own queries'
+    text = place.split(caches.take_tokens(tokens, rows, place))
+    fresh = model.encode_targets(params, text).reshape(*ids.shape, -1)
+    stale = None
+    if cache is not None:
+        stale = caches.take(cache, rows, place).reshape(fresh.shape)
+    there = jnp.concatenate([jnp.ones_like(ids[:, :1], bool), draws.valid], axis=1)
+    return Selected(draws, ids, fresh, stale, there & batch.valid[:, None])
+
+
+def own_pool(queries: Array, chosen: Selected, *, beta: float) -> Pool:
+    """Each query's own m draws: scores [B, m] in float32."""
+    scores = beta * jnp.einsum(
+        "bd,bmd->bm", queries, chosen.fresh[:, 1:], precision=jax.lax.Precision.HIGHEST
+    )
+    return Pool(chosen.ids[:, 1:], scores, chosen.draws.log_prob, chosen.there[:, 1:])
+
+
+def shared_pool(
+    queries: Array,
+    chosen: Selected,
+    psi: Gated,
+    batch: Batch,
+    *,
+    beta: float,
+    proposal: Proposal,
+    positives: bool,
+) -> Pool:
+    """One pool for the batch: every query is scored against every query's candidates.
+
+    Args:
+      queries: [B, D] float32, with gradient.
+      chosen: positives and draws.
+      psi: the corrector as selection uses it.
+      batch: the batch; no query meets one of its own known positives.
+      beta: inverse temperature.
+      proposal: gives the log-probability of each candidate for each query.
+      positives: whether the labelled positives join the draws.
+
+    Returns:
+      A pool of P = B (1 + m) or B m candidates.
+    """
+    first = 0 if positives else 1
+    ids = chosen.ids[:, first:].reshape(-1)
+    targets = chosen.fresh[:, first:].reshape(len(ids), -1)
+    scores = beta * jnp.matmul(queries, targets.T, precision=jax.lax.Precision.HIGHEST)
+    takes_part = ~losses.is_known(ids, batch.known) & batch.valid[:, None]
+    valid = takes_part & chosen.there[:, first:].reshape(1, -1)
+    log_prob = jnp.zeros_like(scores)
+    if not positives:
+        stale = None
+        if chosen.stale is not None:
+            stale = chosen.stale[:, first:].reshape(len(ids), -1)
+        given = proposal.log_prob(jax.lax.stop_gradient(queries), psi, stale, chosen.draws)
+        log_prob = jnp.where(takes_part, given, -jnp.inf)
+    return Pool(ids, scores, log_prob, valid)
+
+
+def pairs_of(chosen: Selected) -> Pairs:
+    """Stale and fresh embeddings of the positives and draws, duplicates kept: [B (1 + m), D]."""
+    assert chosen.stale is not None  # strategies without a cache have no corrector
+    dim = chosen.fresh.shape[-1]
+    return Pairs(
+        stale=chosen.stale.reshape(-1, dim),
+        fresh=jax.lax.stop_gradient(chosen.fresh).reshape(-1, dim),
+        weight=chosen.there.reshape(-1).astype(jnp.float32),
+    )
+
+
+def uniform_pairs(
+    params: PyTree,
+    cache: TargetCache,
+    tokens: TargetTokens,
+    key: Array,
+    *,
+    count: int,
+    model: DualEncoder,
+    place: Placement,
+) -> Pairs:
+    """Pairs of `count` uniform targets, encoded without gradient; they undo the bias of selection.
+
+    Args:
+      params: the encoders' parameters.
+      cache: the cache.
+      tokens: the token table.
+      key: a key of its own.
+      count: u.
+      model: the dual encoder.
+      place: the mesh.
+
+    Returns:
+      Pairs [u, D], all of weight 1.
+    """
+    ids = jax.random.randint(key, (count,), 0, tokens.size)
+    text = place.split(caches.take_tokens(tokens, ids, place))
+    fresh = model.encode_targets(jax.lax.stop_gradient(params), text)
+    return Pairs(caches.take(cache, ids, place), fresh, jnp.ones((count,), jnp.float32))
+
+
+def drift_loss(
+    queries: Array,
+    chosen: Selected,
+    pool: Pool,
+    *,
+    corrector: Corrector,
+    beta: float,
+    mse_weight: float,
+    kl_weight: float,
+) -> DriftLoss:
+    """The drift loss of this step (METHOD section 5): MSE, KL over the task loss's pool, or both.
+
+    Args:
+      queries: [B, D] float32; cut off from differentiation.
+      chosen: positives and draws, with their stale rows.
+      pool: the task loss's candidates, own or shared.
+      corrector: h.
+      beta: inverse temperature.
+      mse_weight: weight of the mean squared error; 0 leaves it out.
+      kl_weight: weight of the KL divergence; 0 leaves it out.
+
+    Returns:
+      The loss as a function of Psi and pairs.
+    """
+    queries = jax.lax.stop_gradient(queries)
+
+    def loss(psi: PyTree, pairs: Pairs) -> Array:
+        total = jnp.zeros(())
+        if mse_weight:
+            estimate = corrector.apply(psi, pairs.stale, 1.0)
+            total += mse_weight * losses.drift_mse(estimate, pairs.fresh, pairs.weight)
+        if kl_weight:
+            assert chosen.stale is not None
+            own = pool.ids.ndim == 2
+            # A shared pool is the draws, preceded by each query's positive where those join.
+            first = 0 if pool.ids.size == chosen.ids.size else 1
+            rows = corrector.apply(psi, chosen.stale[:, first:], 1.0)
+            shape = "bd,bmd->bm" if own else "bd,kmd->bkm"
+            logits = beta * jnp.einsum(shape, queries, rows)
+            logits = logits.reshape(pool.scores.shape)
+            total += kl_weight * losses.drift_kl(logits, pool.scores, pool.valid)
+        return total
+
+    return loss
+
+
+def draw_metrics(queries: Array, chosen: Selected, batch: Batch, *, beta: float) -> dict[str, Mean]:
+    """What the draws say about the proposal, free at every step.
+
+    Args:
+      queries: [B, D] float32.
+      chosen: positives and draws.
+      batch: the batch.
+      beta: inverse temperature.
+
+    Returns:
+      "kl_estimate": half the sample variance of s_ij - l_ij over a query's draws, an estimate of
+      KL(P_h^- || P^-) in nats; "known_share": share of draws that are known positives, always 0.
+    """
+    drawn = chosen.draws
+    fresh = beta * jnp.einsum("bd,bmd->bm", queries, chosen.fresh[:, 1:])
+    there = chosen.there[:, 1:]
+    count = there.sum(axis=1)
+    gap = jnp.where(there, fresh - (drawn.log_prob + drawn.log_z[:, None]), 0.0)
+    center = gap.sum(axis=1) / jnp.maximum(count, 1)
+    square = jnp.where(there, jnp.square(gap - center[:, None]), 0.0).sum(axis=1)
+    known = losses.is_known(drawn.ids, batch.known) & there
+    return {
+        "kl_estimate": mean(0.5 * square / jnp.maximum(count - 1, 1), count > 1),
+        "known_share": Mean(known.sum().astype(jnp.float32), there.sum().astype(jnp.float32)),
+    }
+
+
+def update_corrector(
+    state: CorrectorState,
+    pairs: Pairs,
+    *,
+    tx: optax.GradientTransformation,
+    loss: DriftLoss,
+) -> CorrectorState:
+    """One optimizer update on the newest pairs, after one on each of the ring's, oldest first.
+
+    Args:
+      state: the corrector's state.
+      pairs: this step's pairs [P, D].
+      tx: the corrector's optimizer.
+      loss: the drift loss.
+
+    Returns:
+      The state after the updates, with the newest pairs in the ring.
+    """
+
+    def update(carry: tuple[PyTree, PyTree], pairs: Pairs) -> tuple[tuple[PyTree, PyTree], None]:
+        params, opt_state = carry
+        grads = jax.grad(lambda psi: loss(psi, pairs))(params)
+        updates, changed = tx.update(grads, opt_state, params)
+        # A ring slot that is still empty must not count as an update of Adam or of the ramp.
+        filled = pairs.weight.sum() > 0
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(filled, new, old),
+            (optax.apply_updates(params, updates), changed),
+            (params, opt_state),
+        )
+        return kept, None
+
+    carry = (state.params, state.opt_state)
+    ring = state.ring
+    if ring is not None:
+        carry, _ = jax.lax.scan(update, carry, ring)
+        ring = jax.tree.map(lambda r, p: jnp.concatenate([r[1:], p[None]]), ring, pairs)
+    (params, opt_state), _ = update(carry, pairs)
+    return CorrectorState(params, opt_state, state.gate, ring)

@@ -1,0 +1,171 @@
+"""One training step: what the method does, in order (METHOD section 2)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from corrector_jax import cache as caches
+from corrector_jax import losses, metrics
+from corrector_jax.cache import TargetCache, TargetTokens
+from corrector_jax.metrics import Mean
+from corrector_jax.models.corrector import Corrector
+from corrector_jax.models.dual_encoder import DualEncoder
+from corrector_jax.negatives import Gated, Proposal
+from corrector_jax.sharding import Placement
+from corrector_jax.state import TrainState
+from corrector_jax.steps import selection
+from corrector_jax.types import Array, Batch, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A strategy as the step sees it: values and functions, no names to branch on.
+
+    Attributes:
+      beta: inverse temperature.
+      proposal: where negatives come from.
+      estimator: the task loss, one of `losses.ESTIMATORS`.
+      shared: whether the batch shares one pool of candidates.
+      positives: whether a shared pool holds the labelled positives too.
+      corrector: h.
+      uniform_rows: u, uniform targets encoded without gradient for the drift loss.
+      mse_weight: weight of the mean squared error in the drift loss.
+      kl_weight: weight of the KL divergence over the pool in the drift loss.
+    """
+
+    beta: float
+    proposal: Proposal
+    estimator: losses.Estimator
+    shared: bool
+    positives: bool
+    corrector: Corrector
+    uniform_rows: int = 0
+    mse_weight: float = 1.0
+    kl_weight: float = 0.0
+
+
+def task_loss(
+    params: PyTree,
+    psi: Gated,
+    cache: TargetCache | None,
+    tokens: TargetTokens,
+    batch: Batch,
+    key: Array,
+    *,
+    model: DualEncoder,
+    method: Method,
+    place: Placement,
+) -> tuple[Array, tuple[selection.Selected, losses.Pool, Array, Array]]:
+    """The task loss: differentiable in `params`, and exactly constant in `psi` and `cache`.
+
+    Args:
+      params: the encoders' parameters.
+      psi: the corrector as selection uses it.
+      cache: the cache, or None.
+      tokens: the token table.
+      batch: the batch.
+      key: this step's key for drawing.
+      model: the dual encoder.
+      method: the strategy.
+      place: the mesh.
+
+    Returns:
+      The mean loss over valid queries (scalar, nats), and what it was made of: the positives and
+      draws, the pool, the queries [B, D], and the positives' fresh logits [B].
+    """
+    psi = jax.lax.stop_gradient(psi)
+    queries = model.encode_queries(params, batch.query_tokens)
+    chosen = selection.select(
+        params, queries, psi, cache, tokens, batch, key,
+        model=model, proposal=method.proposal, place=place,
+    )  # fmt: skip
+    if method.shared:
+        pool = selection.shared_pool(
+            queries, chosen, psi, batch,
+            beta=method.beta, proposal=method.proposal, positives=method.positives,
+        )  # fmt: skip
+    else:
+        pool = selection.own_pool(queries, chosen, beta=method.beta)
+    positive = method.beta * jnp.einsum(
+        "bd,bd->b", queries, chosen.fresh[:, 0], precision=jax.lax.Precision.HIGHEST
+    )
+    each = method.estimator(positive, pool, chosen.draws.log_z, method.proposal.draws)
+    loss = jnp.sum(jnp.where(batch.valid, each, 0.0)) / jnp.maximum(batch.valid.sum(), 1)
+    return loss, (chosen, pool, queries, positive)
+
+
+def train_step(
+    state: TrainState,
+    cache: TargetCache | None,
+    tokens: TargetTokens,
+    batch: Batch,
+    key: Array,
+    *,
+    model: DualEncoder,
+    method: Method,
+    tx: optax.GradientTransformation,
+    corrector_tx: optax.GradientTransformation,
+    place: Placement,
+) -> tuple[TrainState, TargetCache | None, dict[str, Mean]]:
+    """One step of the method.
+
+    Args:
+      state: the training state; donate it.
+      cache: the cache, split by row; donate it. None for strategies without one.
+      tokens: the token table, static.
+      batch: B queries with their positives.
+      key: this step's key.
+      model: the dual encoder.
+      method: the strategy.
+      tx: the task optimizer; its last link holds the learning rate.
+      corrector_tx: the corrector's optimizer.
+      place: the mesh.
+
+    Returns:
+      The next state, the cache, and metrics as sums and counts.
+    """
+    draw_key, uniform_key = jax.random.split(key)
+    psi = state.corrector.gated
+    (loss, (chosen, pool, queries, positive)), grads = jax.value_and_grad(task_loss, has_aux=True)(
+        state.params, psi, cache, tokens, batch, draw_key, model=model, method=method, place=place
+    )
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+
+    measured = {
+        "loss": Mean(loss, jnp.float32(1.0)),
+        "grad_norm": Mean(optax.global_norm(grads), jnp.float32(1.0)),
+        "accuracy": metrics.mean(
+            positive > jnp.max(jnp.where(pool.valid, pool.scores, -jnp.inf), axis=1),
+            jnp.asarray(batch.valid),
+        ),
+    }
+    corrector = state.corrector
+    if cache is not None:
+        # Pairs are made with the parameters that made the fresh scores, before the update.
+        pairs = selection.pairs_of(chosen)
+        if method.uniform_rows:
+            more = selection.uniform_pairs(
+                state.params, cache, tokens, uniform_key,
+                count=method.uniform_rows, model=model, place=place,
+            )  # fmt: skip
+            pairs = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), pairs, more)
+        corrected = method.corrector.apply(corrector.params, pairs.stale, 1.0)
+        measured |= {
+            "drift": metrics.relative_error(pairs.stale, pairs.fresh, pairs.weight),
+            "corrected_error": metrics.relative_error(corrected, pairs.fresh, pairs.weight),
+            "cache_age": Mean(caches.age(cache, state.step), jnp.float32(1.0)),
+        }
+        measured |= selection.draw_metrics(queries, chosen, batch, beta=method.beta)
+        if method.corrector.learns:
+            loss_of = selection.drift_loss(
+                queries, chosen, pool,
+                corrector=method.corrector, beta=method.beta,
+                mse_weight=method.mse_weight, kl_weight=method.kl_weight,
+            )  # fmt: skip
+            corrector = selection.update_corrector(corrector, pairs, tx=corrector_tx, loss=loss_of)
+    return TrainState(state.step + 1, params, opt_state, corrector), cache, measured

@@ -1,0 +1,198 @@
+"""The blockwise pass over a sharded cache: exact draws from the corrected softmax.
+
+A row of the cache belongs to one sampling block of R consecutive rows; blocks have global numbers,
+so that which noise meets which block does not depend on the mesh. A tile is how many rows one step
+of the pass scores at once: it bounds the temporaries ([B, tile] logits) and changes no draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from corrector_jax import cache as caches
+from corrector_jax.cache import TargetCache
+from corrector_jax.models.corrector import Folded
+from corrector_jax.sharding import AXIS, EVERYWHERE, ROWS, Placement, local_start
+from corrector_jax.types import Array, Draws, PyTree
+
+Lift = Callable[[PyTree, Array], Array]
+"""What a corrector does to each row: (parameters, [..., D] stale rows) -> [..., D]."""
+
+
+def draw_two_level(
+    folded: Folded,
+    lift: Lift,
+    params: PyTree,
+    cache: TargetCache,
+    known: Array,
+    key: Array,
+    *,
+    draws: int,
+    block_rows: int,
+    tile_rows: int,
+    place: Placement,
+) -> Draws:
+    """m independent draws a query from P_h^-, with exact log Z^- and log-probabilities.
+
+    Two levels (METHOD section 3): a block by Gumbel-max over its masked log-sum-exp, then a row
+    within the winning block. No noise per element, no top-k, nothing of size B x N. The draws are
+    the same on every mesh.
+
+    Args:
+      folded: queries [B, D] and offsets [B], beta and the corrector's linear part included.
+      lift: what is left of the corrector per row.
+      params: the corrector's parameters (and gate), handed to `lift`.
+      cache: the cache, split by row; each device holds whole blocks.
+      known: [B, K] int32, rows never drawn for that query; -1 pads.
+      key: a PRNG key.
+      draws: m.
+      block_rows: R. Draws depend on it; log Z does not.
+      tile_rows: rows scored at once on a device; no draw depends on it.
+      place: the mesh.
+
+    Returns:
+      Draws with ids [B, m], log_prob [B, m], valid [B, m], log_z [B].
+    """
+    block_key, row_key = jax.random.split(key)
+    batch = folded.queries.shape[0]
+
+    def local(
+        folded: Folded, params: PyTree, cache: TargetCache, known: Array, keys: tuple[Array, Array]
+    ) -> Draws:
+        block_key, row_key = keys
+        held = cache.embeddings.shape[0]
+        first_row = local_start(held)
+        first_block = first_row // block_rows
+        blocks = held // block_rows
+        per_tile = _blocks_per_tile(blocks, tile_rows // block_rows)
+        tile = per_tile * block_rows
+
+        def logits_of(rows: Array) -> Array:
+            return folded.queries @ rows.T + folded.offset[:, None]
+
+        def step(carry: _Best, index: Array) -> tuple[_Best, None]:
+            # The last tile is moved back to end with the share; blocks already seen are masked.
+            start = jnp.minimum(index * per_tile, blocks - per_tile)
+            numbers = start + jnp.arange(per_tile)
+            rows = lift(params, caches.read_slice(cache, start * block_rows, tile))
+            logits = logits_of(rows)  # [B, tile]
+            ids = first_row + start * block_rows + jnp.arange(tile)
+            out = (ids >= cache.size) | jnp.repeat(numbers < index * per_tile, block_rows)
+            logits = jnp.where(out[None, :], -jnp.inf, logits)
+            # Masked before the log-sum-exp: subtracting a known positive afterwards cancels.
+            columns = known - ids[0]
+            columns = jnp.where((columns >= 0) & (columns < tile), columns, tile)
+            logits = logits.at[jnp.arange(batch)[:, None], columns].set(-jnp.inf, mode="drop")
+            level = _logsumexp(logits.reshape(batch, per_tile, block_rows))  # [B, blocks]
+            noise = jax.vmap(
+                lambda block: jax.random.gumbel(
+                    jax.random.fold_in(block_key, block), (batch, draws), mode="high"
+                )
+            )(first_block + numbers)  # [blocks, B, m]
+            value = level.T[:, :, None] + noise
+            best = jnp.argmax(value, axis=0)  # [B, m]
+            value = jnp.max(value, axis=0)
+            found = _Best(
+                value=value,
+                block=first_block + start + best,
+                level=jnp.take_along_axis(level, best, axis=1),
+                log_z=_logsumexp(level),
+            )
+            return _better(carry, found), None
+
+        tiles = -(-blocks // per_tile)
+        nothing = _Best(
+            value=jnp.full((batch, draws), -jnp.inf),
+            block=jnp.zeros((batch, draws), jnp.int32),
+            level=jnp.full((batch, draws), -jnp.inf),
+            log_z=jnp.full((batch,), -jnp.inf),
+        )
+        nothing = jax.tree.map(lambda x: jax.lax.pcast(x, AXIS, to="varying"), nothing)
+        mine, _ = jax.lax.scan(step, nothing, jnp.arange(tiles))
+
+        # Across devices the largest value wins; a tie (both -inf) goes to the lowest block.
+        value = jax.lax.pmax(mine.value, AXIS)
+        ahead = mine.value == value
+        block = jax.lax.pmin(jnp.where(ahead, mine.block, jnp.iinfo(jnp.int32).max), AXIS)
+        owner = ahead & (mine.block == block)
+        level = jax.lax.psum(jnp.where(owner, mine.level, 0.0), AXIS)
+        valid = value > -jnp.inf
+        top = jax.lax.pmax(mine.log_z, AXIS)
+        finite_top = jnp.where(top > -jnp.inf, top, 0.0)
+        log_z = finite_top + jnp.log(jax.lax.psum(jnp.exp(mine.log_z - finite_top), AXIS))
+
+        def draw_row(arguments: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+            """One draw of every query within its block: [B] -> ids [B], log p in the block [B]."""
+            number, block, owner = arguments
+            own = jnp.clip(block - first_block, 0, blocks - 1)
+            here = own[:, None] * block_rows + jnp.arange(block_rows)[None, :]
+            rows = lift(params, caches.read_at(cache, here))  # [B, R, D]
+            logits = jnp.einsum("bd,brd->br", folded.queries, rows) + folded.offset[:, None]
+            ids = first_row + here
+            out = (ids >= cache.size) | (ids[:, :, None] == known[:, None, :]).any(-1)
+            logits = jnp.where(out, -jnp.inf, logits)
+            noise = jax.random.gumbel(
+                jax.random.fold_in(row_key, number), (batch, block_rows), mode="high"
+            )
+            best = jnp.argmax(logits + noise, axis=1)[:, None]
+            log_prob = jnp.take_along_axis(logits, best, axis=1)[:, 0] - _logsumexp(logits)
+            chosen = jnp.take_along_axis(ids, best, axis=1)[:, 0]
+            return jnp.where(owner, chosen, 0), jnp.where(owner, log_prob, 0.0)
+
+        # One draw at a time: [B, R, D] rows are alive at once, not [B, m, R, D].
+        ids, in_block = jax.lax.map(draw_row, (jnp.arange(draws), block.T, owner.T))
+        ids = jax.lax.psum(ids, AXIS).T
+        in_block = jax.lax.psum(in_block, AXIS).T
+        log_prob = level - log_z[:, None] + in_block
+        return Draws(
+            ids=jnp.where(valid, ids, 0),
+            log_prob=jnp.where(valid, log_prob, 0.0),
+            valid=valid,
+            log_z=log_z,
+        )
+
+    return place.per_device(
+        local, (EVERYWHERE, EVERYWHERE, ROWS, EVERYWHERE, EVERYWHERE), EVERYWHERE
+    )(folded, params, cache, known, (block_key, row_key))
+
+
+class _Best(NamedTuple):
+    """The running winner of every draw, and the running log-sum-exp.
+
+    Attributes:
+      value: [B, m] float32, the largest perturbed block level so far.
+      block: [B, m] int32, its global block number.
+      level: [B, m] float32, that block's log-sum-exp without noise.
+      log_z: [B] float32, log-sum-exp of everything seen.
+    """
+
+    value: Array
+    block: Array
+    level: Array
+    log_z: Array
+
+
+def _better(a: _Best, b: _Best) -> _Best:
+    """The winner of two; a tie stays with `a`, which is the lower block."""
+    won = b.value > a.value
+    return _Best(
+        value=jnp.where(won, b.value, a.value),
+        block=jnp.where(won, b.block, a.block),
+        level=jnp.where(won, b.level, a.level),
+        log_z=jnp.logaddexp(a.log_z, b.log_z),
+    )
+
+
+def _logsumexp(x: Array) -> Array:
+    """Log-sum-exp over the last axis; -inf where everything is -inf."""
+    return jax.nn.logsumexp(x, axis=-1)
+
+
+def _blocks_per_tile(blocks: int, most: int) -> int:
+    """Blocks of a tile: as few tiles as `most` allows, then as even as they come."""
+    tiles = -(-blocks // max(1, most))
+    return -(-blocks // tiles)

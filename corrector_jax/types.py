@@ -1,0 +1,58 @@
+"""Shared words: array aliases, the values that cross layers, the error a user can mend.
+
+Shape letters, used in every docstring:
+  B  queries in a batch        m  draws per query             P  size of a candidate pool
+  K  known positives, padded   N  targets                     R  rows of a sampling block
+  D  embedding dimension       T  tokens of a text            Q  queries of an evaluation
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+Array = jax.Array
+ArrayLike = jax.Array | np.ndarray
+PyTree = Any
+
+
+class UserError(ValueError):
+    """Something the user wrote cannot work; the message is one sentence that says what to write.
+
+    `main` prints it without a traceback and exits with code 2.
+    """
+
+
+class Batch(NamedTuple):
+    """One training batch, in global order.
+
+    Attributes:
+      query_tokens: [B, T] int32, padded with the tokenizer's pad id.
+      positive: [B] int32, the labelled positive's row, y_i+.
+      known: [B, K] int32, rows of all known positives K_i (the labelled one among them), -1 pads.
+      valid: [B] bool, False for a padded query: it takes part in nothing.
+    """
+
+    query_tokens: ArrayLike
+    positive: ArrayLike
+    known: ArrayLike
+    valid: ArrayLike
+
+
+class Draws(NamedTuple):
+    """What every proposal returns (METHOD section 3).
+
+    Attributes:
+      ids: [B, m] int32, rows of the drawn targets; 0 where not valid.
+      log_prob: [B, m] float32, log p_iy under the proposal; 0 where not valid.
+      valid: [B, m] bool, False where the query had nothing left to draw.
+      log_z: [B] float32, log Z_i^-, the log partition function over y not in K_i
+        (-inf where nothing is left; 0 for proposals without one).
+    """
+
+    ids: Array
+    log_prob: Array
+    valid: Array
+    log_z: Array

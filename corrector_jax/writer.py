@@ -1,0 +1,214 @@
+"""What a run says: metrics.jsonl, TensorBoard events, and one live line in the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from corrector_jax.metrics import Mean, means
+
+
+class Writer:
+    """Owns the metrics of a run and the terminal.
+
+    A row of metrics.jsonl is one JSON object with "step", "seconds" (since the run began, earlier
+    parts of a resumed run included) and some of the metrics.
+    """
+
+    def __init__(
+        self, workdir: Path, *, step: int, started: float, tensorboard: bool = True
+    ) -> None:
+        """Opens the files; rows of steps that are about to be done again are dropped.
+
+        Args:
+          workdir: where metrics.jsonl and the events go.
+          step: steps done by the checkpoint that is resumed.
+          started: when the run began, by `time.monotonic()`.
+          tensorboard: whether to write events too.
+        """
+        self._path = workdir / "metrics.jsonl"
+        kept = [line for line in _lines(self._path) if json.loads(line)["step"] <= step]
+        replace(self._path, "".join(kept))
+        self._file = self._path.open("a")
+        self._events = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._events = SummaryWriter(str(workdir), purge_step=step + 1 if step else None)
+        self._started = started
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Writes one row.
+
+        Args:
+          step: training steps done.
+          values: metric name -> number; not-a-number is written as null.
+        """
+        row: dict[str, Any] = {"step": step, "seconds": round(time.monotonic() - self._started, 3)}
+        for name, value in values.items():
+            row[name] = float(f"{value:.6g}") if np.isfinite(value) else None
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for name, value in values.items():
+                # TensorBoard allows no "@" in a name.
+                self._events.add_scalar(name.replace("@", "_at_"), value, step)
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+class StepLog:
+    """Metrics of training steps, each read once the next step was dispatched: no step waits.
+
+    Rows are means over `every` steps; the note for the progress line is of the last step read.
+    """
+
+    def __init__(self, writer: Writer, *, every: int, batch_size: int) -> None:
+        """Starts with nothing held.
+
+        Args:
+          writer: gets the rows.
+          every: steps of a row.
+          batch_size: B, for examples per second.
+        """
+        self._writer, self._every, self._batch = writer, every, batch_size
+        self._held: tuple[int, dict[str, Mean], dict[str, float]] | None = None
+        self._sums: dict[str, Mean] = {}
+        self._steps, self._note = 0, ""
+        self._seconds = self._counted = 0.0
+
+    def add(
+        self, step: int, measured: dict[str, Mean], values: dict[str, float], seconds: float
+    ) -> str:
+        """Holds a step's metrics, and reads those of the step before.
+
+        Args:
+          step: steps done, this one included.
+          measured: metrics on the device.
+          values: numbers known on the host, such as the learning rate.
+          seconds: spent in training steps so far: evaluations and probes do not slow the rate.
+
+        Returns:
+          A note on the last step read.
+        """
+        note = self.flush()
+        self._held, self._seconds = (step, measured, values), seconds
+        return note
+
+    def flush(self) -> str:
+        """Reads what is held, waiting for it; returns a note on it."""
+        if self._held is None:
+            return self._note
+        step, measured, values = self._held
+        self._held = None
+        measured = jax.device_get(measured)
+        for name, value in measured.items():
+            held = self._sums.get(name, Mean(0.0, 0.0))
+            self._sums[name] = Mean(held.total + value.total, held.weight + value.weight)
+        self._steps += 1
+        now = means(measured)
+        self._note = ", ".join(
+            f"{name.replace('_', ' ')} {now[name]:.3g}"
+            for name in ("loss", "drift", "corrected_error")
+            if name in now
+        )
+        if step % self._every == 0:
+            rate = self._steps * self._batch / max(self._seconds - self._counted, 1e-9)
+            row = {**means(self._sums), **values, "examples_per_second": rate}
+            self._writer.scalars(step, {f"train/{name}": value for name, value in row.items()})
+            self._sums, self._steps, self._counted = {}, 0, self._seconds
+        return self._note
+
+
+def say(text: str) -> None:
+    """One line on standard output, above a progress bar if one is shown."""
+    tqdm.write(text)
+    sys.stdout.flush()
+
+
+@contextmanager
+def progress(label: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[..., None]]:
+    """Shows how far long work is, its rate and the time left.
+
+    A terminal gets a live bar; anything else gets a plain line now and then.
+
+    Args:
+      label: what is being done.
+      total: how much there is to do.
+      unit: of what, such as "targets".
+      done: how much was done before.
+
+    Yields:
+      advance(count, note=""): tells that `count` more are done.
+    """
+    if sys.stderr.isatty():
+        with tqdm(
+            total=total, initial=done, desc=label, unit=f" {unit}", dynamic_ncols=True, leave=True
+        ) as bar:
+
+            def advance(count: int, note: str = "") -> None:
+                if note:
+                    bar.set_postfix_str(note, refresh=False)
+                bar.update(count)
+
+            yield advance
+        return
+
+    start = time.monotonic()
+    state = {"done": done, "said": start}
+
+    def advance_plainly(count: int, note: str = "") -> None:
+        state["done"] += count
+        now = time.monotonic()
+        if now - state["said"] < _EVERY_SECONDS and state["done"] < total:
+            return
+        state["said"] = now
+        rate = (state["done"] - done) / max(now - start, 1e-9)
+        left = (total - state["done"]) / rate if rate else 0.0
+        shown = f"{label}: {state['done']:,}/{total:,} {unit}, {rate:,.1f}/s, {_clock(left)} left"
+        print(shown + (f"  {note}" if note else ""), file=sys.stderr, flush=True)
+
+    yield advance_plainly
+
+
+_EVERY_SECONDS = 10.0
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file whole or not at all: beside it first, then over it.
+
+    Args:
+      path: the file.
+      text: its new content.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The whole lines of a file that may end in the middle of one."""
+    if path.exists():
+        for line in path.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):
+                yield line
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}:{rest:02d}"

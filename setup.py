@@ -1,0 +1,45 @@
+"""Installs corrector_jax; `requirements/lock.txt` holds the versions the tests run with."""
+
+from setuptools import find_packages, setup
+
+# Lower bounds are the oldest versions the tests have run with.
+REQUIRED = [
+    "absl-py>=2.5",
+    "bm25s>=0.3.16",
+    "etils[epath]>=1.15",
+    "flax>=0.12.8",
+    "huggingface_hub>=2.4",
+    "ir_measures>=0.4.3",
+    "jax>=0.10.2,<0.13",
+    "matplotlib>=3.11",
+    "ml-collections>=1.1",
+    "numpy>=2.4",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "safetensors>=0.8",
+    # Wheels exist for Linux only; everything but the ScaNN path works without it.
+    'scann>=1.4.2; platform_system == "Linux" and python_version < "3.14"',
+    "tensorboardX>=2.6.5",
+    "tensorflow-datasets>=4.9.10",
+    "tokenizers>=0.23",
+    "tqdm>=4.70",
+]
+
+EXTRAS = {
+    "tpu": ["jax[tpu]"],
+    "gpu": ["jax[cuda13]"],
+    "dev": ["import-linter>=2.16", "mypy>=2.4", "pytest>=9.2", "ruff>=0.17"],
+}
+
+setup(
+    name="corrector_jax",
+    version="0.1.0",
+    description="Dense retrievers trained with a corrected softmax over a stale cache, in JAX.",
+    author="The corrector_jax authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["corrector_jax", "corrector_jax.*"]),
+    install_requires=REQUIRED,
+    extras_require=EXTRAS,
+)

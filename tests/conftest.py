@@ -1,0 +1,43 @@
+"""The strict harness: eight CPU devices, and silent rank promotion is an error.
+
+It speaks through the environment, before jax is imported, so that processes started by a test run
+under it too.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DEVICES = 8
+
+if "jax" in sys.modules:
+    raise RuntimeError("jax was imported before tests/conftest.py could set it up")
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}".strip()
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+# Compiling is most of a test's time, small programs more than large ones: keep all of them.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _eight_devices() -> None:
+    import jax
+
+    assert jax.device_count() == DEVICES, f"tests need {DEVICES} devices, jax has {jax.devices()}"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real retrieval data beside the checkout; skips where there is none."""
+    path = ROOT.parent / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip("no ../shared/data beside the checkout")
+    return path

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from corrector_jax.data import order
+from corrector_jax.data.order import batch_rows, choose_positive, make_batch
+
+
+@pytest.mark.parametrize(
+    ("num_queries", "batch_size"), [(13, 4), (12, 4), (5, 16), (1, 3), (64, 64)]
+)
+def test_every_query_comes_once_per_epoch(num_queries: int, batch_size: int):
+    epochs = 6
+    steps = -(-epochs * num_queries // batch_size)
+    batches = [
+        batch_rows(step, num_queries=num_queries, batch_size=batch_size, seed=3)
+        for step in range(steps)
+    ]
+    assert all(rows.shape == (batch_size,) and rows.dtype == np.int64 for rows in batches)
+    stream = np.concatenate(batches)[: epochs * num_queries].reshape(epochs, num_queries)
+    np.testing.assert_array_equal(np.sort(stream), np.tile(np.arange(num_queries), (epochs, 1)))
+
+
+def test_epochs_and_seeds_differ():
+    def epoch(number: int, seed: int) -> tuple[int, ...]:
+        return tuple(batch_rows(number, num_queries=50, batch_size=50, seed=seed).tolist())
+
+    orders = [epoch(number, seed) for number in range(3) for seed in (0, 1, 2**40)]
+    assert len(set(orders)) == len(orders)
+    assert tuple(range(50)) not in orders
+
+
+def test_any_step_can_be_asked_for_first():
+    ask = {"num_queries": 11, "batch_size": 4, "seed": 5}
+    forwards = [batch_rows(step, **ask).tolist() for step in range(40)]
+    order._permutation.cache_clear()
+    backwards = [batch_rows(step, **ask).tolist() for step in reversed(range(40))]
+    assert backwards[::-1] == forwards
+
+
+def test_order_is_uniform():
+    first = [batch_rows(step, num_queries=5, batch_size=5, seed=0)[0] for step in range(2000)]
+    counts = np.bincount(first, minlength=5)
+    assert ((counts - 400) ** 2 / 400).sum() < 18.5  # chi-square, 4 degrees, 0.1 %
+
+
+def test_callers_cannot_spoil_the_kept_order():
+    ask = {"num_queries": 8, "batch_size": 8, "seed": 0}
+    rows = batch_rows(0, **ask)
+    before = rows.copy()
+    rows[:] = 0
+    np.testing.assert_array_equal(batch_rows(0, **ask), before)
+
+
+def test_each_known_positive_is_chosen_equally_often():
+    positives = [np.array([7], np.int32), np.array([2, 5, 9], np.int32)]
+    rows = np.array([0, 1, 1, 0])
+    chosen = np.array([choose_positive(rows, positives, seed=1, step=t) for t in range(3000)])
+    assert chosen.dtype == np.int32
+    assert (chosen[:, [0, 3]] == 7).all()
+    for column in (chosen[:, 1], chosen[:, 2]):
+        counts = np.array([(column == target).sum() for target in positives[1]])
+        assert counts.sum() == 3000
+        assert ((counts - 1000) ** 2 / 1000).sum() < 13.8  # chi-square, 2 degrees, 0.1 %
+    assert 800 < (chosen[:, 1] == chosen[:, 2]).sum() < 1200  # places of a batch are independent
+
+
+def test_choice_is_a_function_of_seed_and_step():
+    positives = [np.arange(100, dtype=np.int32)] * 8
+    rows = np.arange(8)
+
+    def chosen(seed: int, step: int) -> tuple[int, ...]:
+        return tuple(choose_positive(rows, positives, seed=seed, step=step).tolist())
+
+    assert chosen(1, 2) == chosen(1, 2)
+    assert len({chosen(seed, step) for seed in range(4) for step in range(4)}) == 16
+
+
+def test_batches_hold_what_belongs_together():
+    rng = np.random.default_rng(0)
+    query_tokens = rng.integers(0, 60_000, (9, 5)).astype(np.uint16)
+    positives = [
+        np.sort(rng.choice(30, 1 + i % 3, replace=False)).astype(np.int32) for i in range(9)
+    ]
+    known = np.full((9, 3), -1, np.int32)
+    for row, targets in enumerate(positives):
+        known[row, : len(targets)] = targets
+    ask = {"query_tokens": query_tokens, "positives": positives, "known": known, "seed": 2}
+    batches = [make_batch(step, batch_size=4, **ask) for step in range(9)]
+    for step, batch in enumerate(batches):
+        rows = batch_rows(step, num_queries=9, batch_size=4, seed=2)
+        np.testing.assert_array_equal(batch.query_tokens, query_tokens[rows])
+        np.testing.assert_array_equal(batch.known, known[rows])
+        assert [p in k for p, k in zip(batch.positive, batch.known, strict=True)] == [True] * 4
+        assert batch.positive.min() >= 0
+        dtypes = [leaf.dtype for leaf in batch]
+        assert dtypes == [np.int32, np.int32, np.int32, np.bool_]
+        assert batch.valid.all()
+        assert all(isinstance(leaf, np.ndarray) for leaf in batch)
+    assert any((a.positive != b.positive).any() for a, b in pairwise(batches))
