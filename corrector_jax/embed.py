@@ -100,7 +100,7 @@ class Embedder:
 
     @functools.cached_property
     def _embed_queries(self) -> Callable[..., Array]:
-        return self.place.jit_step(self.model.encode_queries, (self.place.rows,))
+        return self.place.jit_step(self.model.encode_queries, self.place.rows)
 
 
 class Consumer(Protocol):

@@ -328,11 +328,12 @@ def _record(
 
 @functools.cache
 def _jit_search(place: Placement) -> Callable[..., Best]:
-    return place.jit_step(search_step, (place.rows,), donate=(0,))
+    return place.jit_step(search_step, place.rows, donate=(0,))
 
 
 @functools.lru_cache(maxsize=4)
 def _jit_gap(method: Method, place: Placement) -> Callable[..., Gap]:
     step = functools.partial(gap_step, beta=method.beta, corrector=method.corrector, place=place)
-    out = (place.rows, place.rows, place.everywhere, place.everywhere)
+    shardings = (place.rows, place.rows, place.everywhere, place.everywhere)
+    out = Gap._make(shardings)  # a prefix of the tree
     return place.jit_step(step, out, donate=(0,))

@@ -54,4 +54,4 @@ class CacheWriter:
 @functools.cache
 def _writer(place: Placement) -> Callable[..., TargetCache]:
     write = functools.partial(caches.write, place=place)
-    return place.jit_step(write, (place.rows,), donate=(0,))
+    return place.jit_step(write, place.rows, donate=(0,))

@@ -346,11 +346,15 @@ def _legend(ax: Axes, theme: _Theme) -> None:
 
 def _log_if_wide(ax: Axes, values: Iterable[np.ndarray]) -> None:
     """A logarithmic axis where the positive values span more than a factor of 20."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     joined = np.concatenate(list(values))
     positive = joined[joined > 0]
     if len(positive) and positive.max() > 20 * positive.min():
         ax.set_yscale("log", nonpositive="mask")  # step 0 has no drift: no point, no line to it
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
         ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
     else:
         ax.set_ylim(bottom=0)
 
@@ -607,7 +611,7 @@ footer { margin-top: 3rem; }
   th, td, thead th { padding: .4rem .5rem; font-size: .8125rem; }
   tbody th.words { min-width: 7rem; }
   th:first-child { position: sticky; left: 0; background: var(--paper); }
-  td small { white-space: normal; max-width: 4.5rem; margin-left: auto; }
+  td small { white-space: normal; width: 4.5rem; margin-left: auto; }
 }
 """.strip()
 

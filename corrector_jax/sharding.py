@@ -79,19 +79,19 @@ class Placement:
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
 
     def jit_step(
-        self, step: Callable[..., Any], out: tuple[NamedSharding, ...], donate: tuple[int, ...] = ()
+        self, step: Callable[..., Any], out: PyTree, donate: tuple[int, ...] = ()
     ) -> Callable[..., Any]:
         """Compiles a step for this mesh.
 
         Args:
-          step: a pure function of positional arrays that returns a tuple.
-          out: one sharding per returned value (a prefix of its tree).
+          step: a pure function of positional arrays.
+          out: shardings of what it returns (a prefix of its tree).
           donate: positions of arguments whose buffers the results reuse.
 
         Returns:
           The jitted function.
         """
-        return jax.jit(step, out_shardings=out if len(out) > 1 else out[0], donate_argnums=donate)
+        return jax.jit(step, out_shardings=out, donate_argnums=donate)
 
 
 def make_placement(devices: int = 0) -> Placement:

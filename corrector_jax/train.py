@@ -33,7 +33,7 @@ from corrector_jax.refresh import CacheWriter, is_due
 from corrector_jax.state import TrainState
 from corrector_jax.steps.probe_step import probe_step
 from corrector_jax.steps.train_step import train_step
-from corrector_jax.types import Batch
+from corrector_jax.types import Batch, UserError
 from corrector_jax.writer import StepLog, Writer, progress, replace, say
 
 EXAMPLES = 5
@@ -124,12 +124,17 @@ def open_workdir(config: ConfigDict, workdir: Path) -> None:
       workdir: the run's folder.
 
     Raises:
-      UserError: it holds another run.
+      UserError: it holds another run, or cannot be written.
     """
     saved = workdir / "config.json"
-    if saved.exists():
+    if saved.is_file():
         configs.refuse_other_run(config, configs.from_json(saved.read_text()), str(workdir))
-    replace(saved, configs.to_json(config))
+    try:
+        replace(saved, configs.to_json(config))
+    except OSError as error:
+        raise UserError(
+            f"--workdir={workdir} cannot be written ({error.strerror}): name a folder that can"
+        ) from error
 
 
 def compile_steps(job: Job) -> tuple[Callable[..., Any], Callable[..., Any]]:

@@ -215,7 +215,7 @@ def test_the_same_files_give_the_same_bytes(tmp_path, run, monkeypatch):
 
 def test_hostile_text_is_shown_as_text(tmp_path, run, page):
     run["results.json"]["dataset"]["name"] = HOSTILE
-    run["results.json"]["dataset"]["eval_split"] = "$x_{$"
+    run["results.json"]["dataset"]["eval_split"] = f"$x_{{$ {HOSTILE}"
     run["results.json"]["strategy"] = HOSTILE
     run["results.json"]["encoder"]["source"] = HOSTILE
     run["metrics.jsonl"].append({"step": 1, f"eval/{HOSTILE}-$\\frac$/recall@20": 0.5})
@@ -234,7 +234,7 @@ def test_code_keeps_its_lines_and_indents(run, page):
     run["examples.json"] = run["examples.json"][:1]
     # A browser drops one line break right after <pre>, a parser does not: hence one more here.
     assert "\n" + CODE in page(run).text("pre")
-    assert "white-space: pre-wrap" in page(run).text("style")
+    assert re.search(r"^pre \{[^}]*white-space: pre-wrap", page(run).text("style"), re.M)
 
 
 def test_examples_mark_the_relevant_target(run, page):
@@ -474,7 +474,7 @@ def test_zero_drift_is_no_point_on_a_logarithmic_axis(tmp_path, run):
     plot = next(plot for plot in report._PLOTS if plot.name == "drift")
     (ax,) = plot.draw(series, run["results.json"], report._LIGHT).axes
     assert ax.get_yscale() == "log"
-    assert ax.get_ylim()[0] > 1e-5
+    assert np.isnan(ax.yaxis.get_transform().transform(np.zeros(1)))
 
 
 def test_one_step_is_enough(run, draw):
@@ -491,12 +491,11 @@ def test_the_terminal_table_is_narrow_and_complete(run):
     lines = table.splitlines()
     assert max(map(len, lines)) <= 80
     assert table.isascii()
-    assert [line.split()[-1] for line in lines[:6]] == [
-        "ndcg@10", "0.339", "0.410", "0.301", "0.429", "+0.177",
-    ]  # fmt: skip
     assert lines[0].split() == list(METRICS)
-    ends = [re.search(rf"{metric}(?: |$)", lines[0]).end() for metric in METRICS]
-    assert lines[1][: ends[0]].rstrip().endswith("0.261")
+    ends = [match.end() for match in re.finditer(r"\S+", lines[0])]
+    columns = [[line[end - 6 : end] for end in ends] for line in lines[1:6]]
+    assert [row[1] for row in columns] == [" 0.442", " 0.552", " 0.401", " 0.578", "+0.177"]
+    assert [row[4] for row in columns] == [" 0.339", " 0.410", " 0.301", " 0.429", "+0.177"]
     assert "removed 89 %" in " ".join(table.split())
     assert "21,015,324 with gradient" in " ".join(table.split())
 

@@ -1,14 +1,14 @@
 """The BERT encoder: tokens in, hidden states of the last layer out (Devlin et al. 2019).
 
-The weights are those of published checkpoints (`pretrained.py`). Two forms below are for speed and
-change no number: everything but attention runs on [B * T, D], because XLA on CPU takes three
-times as long for the weight gradient of a dense layer on [B, T, D]; and attention is two batched
-matmuls on [B, heads, T, D / heads], there the fastest forward and backward of those tried.
+The weights are those of published checkpoints (`pretrained.py`). Everything but attention runs on
+[B * T, D]: the numbers are the same, and XLA on CPU takes three times as long for the weight
+gradient of a dense layer on [B, T, D].
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import flax.linen as nn
@@ -103,6 +103,24 @@ class Bert(nn.Module):
         return x.reshape(batch, length, c.hidden_size)
 
 
+@jax.custom_jvp
+def gelu(x: Array) -> Array:
+    """The exact gelu, x Phi(x), of any shape and float dtype, with its derivative written out.
+
+    jax 0.12 cannot differentiate erf inside `jax.shard_map` (its polynomials have no rule for
+    values that vary over the mesh).
+    """
+    return jax.nn.gelu(x, approximate=False)
+
+
+@gelu.defjvp
+def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (dx,) = primals, tangents
+    cdf = 0.5 * jax.lax.erfc(-x * math.sqrt(0.5))
+    density = jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    return x * cdf, (cdf + x * density) * dx
+
+
 class _Embeddings(nn.Module):
     """[B, T] tokens -> [B, T, D] float32: token, position and the first segment type."""
 
@@ -131,23 +149,18 @@ class _Layer(nn.Module):
 
         def heads(name: str) -> Array:
             y = dense(c.hidden_size, name=name)(x)
-            return y.reshape(mask.shape[0], mask.shape[-1], c.num_heads, -1).swapaxes(1, 2)
+            return y.reshape(mask.shape[0], mask.shape[-1], c.num_heads, -1)
 
-        y = _attend(heads("query"), heads("key"), heads("value"), mask)
-        y = dense(c.hidden_size, name="output")(y.swapaxes(1, 2).reshape(x.shape))
+        # Its softmax is float32 for any dtype. Batched matmuls on [B, heads, T, d], and a backward
+        # written by hand, were within the noise of it on CPU (forward and gradient, T 32 and 64).
+        y = jax.nn.dot_product_attention(
+            heads("query"), heads("key"), heads("value"), mask=mask, implementation="xla"
+        )
+        y = dense(c.hidden_size, name="output")(y.reshape(x.shape))
         x = _layer_norm(c, "attention_norm")(x + y).astype(self.dtype)
-        y = jax.nn.gelu(dense(c.intermediate_size, name="up")(x), approximate=False)
+        y = gelu(dense(c.intermediate_size, name="up")(x))
         y = dense(c.hidden_size, name="down")(y)
         return _layer_norm(c, "norm")(x + y).astype(self.dtype)
-
-
-def _attend(query: Array, key: Array, value: Array, mask: Array) -> Array:
-    """Attention of [B, heads, T, d] with a mask [B, 1, 1, T] over keys -> [B, heads, T, d]."""
-    scores = jnp.matmul(query, key.swapaxes(2, 3), preferred_element_type=jnp.float32)
-    scores = scores * query.shape[-1] ** -0.5
-    # The lowest float, not -inf: a row of padding alone gives equal weights instead of nan.
-    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    return jnp.matmul(jax.nn.softmax(scores).astype(value.dtype), value)
 
 
 def _layer_norm(config: BertConfig, name: str) -> nn.Module:

@@ -230,20 +230,17 @@ def test_poor_targets_and_poor_places_are_left_out(build_from):
 
 
 def test_a_sentence_alone_decides_on_its_split(build_from):
-    sentence = "Add one to x."
-    whole = build_from(
-        {
-            "a.py": _function("f", sentence),
-            "b.py": "".join(
-                _function(f"g{i}", f"Add {'very ' * i}much to x.", f"return x + {i}")
-                for i in range(30)
-            ),
-        }
-    )
-    other = build_from({"a.py": _function("renamed", sentence, "return 1 + x")})
-    (name,) = [name for name, split in whole.splits.items() if sentence in split.texts]
-    (other_name,) = [name for name, split in other.splits.items() if sentence in split.texts]
-    assert name == other_name
+    def split_of(prefix: str, start: int) -> dict[str, str]:
+        functions = [
+            _function(f"{prefix}{i}", f"Add {'very ' * i}much to x.", f"return {prefix} + {i}")
+            for i in range(start, 30)
+        ]
+        data = build_from({"a.py": "".join(functions)})
+        return {text: name for name, split in data.splits.items() for text in split.texts}
+
+    many, few = split_of("f", 0), split_of("renamed", 10)
+    assert set(few.values()) == {"train", "dev", "test"}
+    assert few.items() < many.items()
 
 
 def test_template_applies(build_from):

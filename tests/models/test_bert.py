@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corrector_jax.models.bert import Bert, BertConfig
+from corrector_jax.models.bert import Bert, BertConfig, gelu
 from corrector_jax.types import UserError
 
 CONFIG = BertConfig(
@@ -115,6 +115,14 @@ def _equations(jaxpr):
         for value in eqn.params.values():
             if hasattr(value, "jaxpr"):
                 yield from _equations(value.jaxpr)
+
+
+def test_gelu_is_the_exact_one_and_so_is_its_derivative():
+    x = jnp.linspace(-6, 6, 101)
+    np.testing.assert_allclose(gelu(x), jax.nn.gelu(x, approximate=False), atol=1e-6)
+    derivative = jax.grad(lambda x: jax.nn.gelu(x, approximate=False).sum())(x)
+    np.testing.assert_allclose(jax.grad(lambda x: gelu(x).sum())(x), derivative, atol=1e-6)
+    assert np.abs(gelu(x) - jax.nn.gelu(x)).max() > 1e-4
 
 
 def test_too_long_a_text_is_refused(variables):

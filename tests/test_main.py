@@ -1,0 +1,108 @@
+"""The command line as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from corrector_jax import config as configs
+from corrector_jax import main
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def command(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "corrector_jax.main", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def flags_of(folder: Path) -> list[str]:
+    return [f"--config.{key}={value}" for key, value in tiny.overrides(folder).items()]
+
+
+def parse(*arguments: str) -> None:
+    main._parse(["main", *arguments])
+
+
+QUICKSTART = "--config=configs/quickstart.py"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--config=configs/nope.py"], "configs/nope.py is not a file"),
+        ([QUICKSTART, "--config.train.stps=5"], "did you mean train.steps?"),
+        ([QUICKSTART, "--config.zzz=5"], "see --help"),
+        ([QUICKSTART, "--config.train=5"], "config.train is not a key"),
+        ([QUICKSTART, "--bogus=1"], "bogus"),
+    ],
+)
+def test_what_is_misspelt_is_named_in_one_sentence(arguments, said, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(main.UserError, match=said.replace("?", r"\?")) as error:
+        parse(*arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_a_bad_value_ends_with_code_2_one_line_and_no_traceback():
+    for arguments, said in (
+        ([QUICKSTART, "--config.train.steps=0"], "config.train.steps is 0: write 1 or more"),
+        ([QUICKSTART, "--config.train.steps=many"], "--config.train.steps=many"),
+        ([], "--config is missing"),
+        ([QUICKSTART, "--mode=dance"], "write train or evaluate"),
+        (["--mode=evaluate", "--workdir=/nowhere/at/all"], "config.json"),
+        ([QUICKSTART, f"--workdir={ROOT / 'setup.py'}/run"], "--workdir"),
+    ):
+        done = command(*arguments)
+        assert done.returncode == 2, (arguments, done.stderr)
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_help_lists_every_mode_and_key():
+    text = main.usage()
+    for key, _ in configs.flat(configs.default()):
+        assert f"\n  {key} = " in text, key
+    assert "--mode=evaluate" in text
+    done = command("--help")
+    assert done.returncode == 0
+    assert "--config.KEY=VALUE" in done.stdout
+
+
+def test_train_then_evaluate_from_the_command_line(tmp_path):
+    workdir = tmp_path / "run"
+    done = command("--config=configs/beir.py", f"--workdir={workdir}", *flags_of(tmp_path))
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.strip().splitlines()[-1]
+    assert last == f"report: {workdir / 'report.html'}"
+    assert "recall@20" in done.stdout
+    assert "training: 8/8 steps" in done.stderr
+    results = (workdir / "results.json").read_bytes()
+
+    done = command("--mode=evaluate", f"--workdir={workdir}", "--name=again")
+    assert done.returncode == 0, done.stderr
+    again = json.loads((workdir / "eval" / "again.json").read_text())
+    after = json.loads((workdir / "eval" / "after.json").read_text())
+    assert again["metrics"] == after["metrics"]
+    assert again["distribution"] == pytest.approx(after["distribution"], rel=1e-5)
+    assert (workdir / "results.json").read_bytes() == results
+
+    done = command(
+        "--config=configs/beir.py", f"--workdir={workdir}", *flags_of(tmp_path), "--config.seed=3"
+    )
+    assert done.returncode == 2
+    assert "seed (0 there, 3 now)" in done.stderr
+    assert (workdir / "results.json").read_bytes() == results

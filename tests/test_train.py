@@ -1,0 +1,240 @@
+"""Whole runs, small: what is left in the workdir, resuming, refreshing, refusing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from corrector_jax.checkpoint import Checkpoints
+from corrector_jax.job import make_job
+from corrector_jax.train import make_batch, train
+from corrector_jax.types import UserError
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(config, workdir: Path) -> dict:
+    train(config, workdir, started=time.monotonic())
+    return json.loads((workdir / "results.json").read_text())
+
+
+def final_state(config, workdir: Path) -> dict[str, bytes]:
+    """Every leaf of the last checkpoint and its cache, as bytes."""
+    job = make_job(config)
+    checkpoints = Checkpoints(workdir)
+    step = checkpoints.latest()
+    cache = job.empty_cache() if job.uses_cache else None
+    state, cache, _ = checkpoints.resume(job.init_state(), cache, step=step)
+    leaves, _ = jax.tree_util.tree_flatten_with_path((state, cache))
+    return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
+
+
+def rows(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture(scope="module")
+def corrected(folder) -> Path:
+    """A finished run of the method itself."""
+    workdir = folder / "corrected"
+    run(tiny.config(folder), workdir)
+    return workdir
+
+
+def test_a_run_leaves_what_was_promised(corrected):
+    for name in (
+        "config.json", "metrics.jsonl", "results.json", "report.html", "examples.json",
+        "runs/before.trec", "runs/after.trec", "runs/bm25.trec", "eval/after.json",
+        "plots/loss.png", "plots/drift.png", "plots/kl.png", "plots/recall.png",
+    ):  # fmt: skip
+        assert (corrected / name).stat().st_size > 0, name
+    results = json.loads((corrected / "results.json").read_text())
+    measures = {"recall@1", "recall@20", "recall@100", "mrr@10", "ndcg@10"}
+    assert set(results["eval"]) == {"before", "after", "bm25"}
+    assert all(set(values) == measures for values in results["eval"].values())
+    assert set(results["distribution"]) == {
+        "kl_stale", "kl_corrected", "drift", "corrected_error",
+    }  # fmt: skip
+    assert results["steps"] == 8
+    assert results["wall_seconds"] > 0
+    assert results["examples_per_second"] > 0
+
+
+def test_the_ledger_counts_every_target_encoded(corrected):
+    ledger = json.loads((corrected / "results.json").read_text())["ledger"]
+    assert ledger == {
+        "initial": tiny.TARGETS,  # shared with the first evaluation
+        "refresh": 0,
+        "encoded_with_grad": 8 * 8 * (1 + 3),
+        "encoded_without_grad": 2 * 32,  # the probes before steps 3 and 6
+        "evaluation": tiny.TARGETS,
+        "corpus_passes": 1.0,
+    }
+
+
+def test_the_first_evaluation_is_of_the_untouched_encoder_and_training_moves_it(corrected):
+    scores = [
+        (corrected / "runs" / f"{name}.trec").read_text().splitlines()[0].split()[4]
+        for name in ("before", "after")
+    ]
+    assert scores[0] != scores[1]
+    assert all(abs(float(score)) <= 1.0001 for score in scores)  # unit vectors
+
+
+def test_every_strategy_runs_and_says_what_it_cost(folder):
+    for strategy, passes, changes in (
+        ("in_batch", 0.0, {}),
+        ("uniform", 0.0, {}),
+        ("stale", 1.0, {}),
+        ("refreshed", 3.0, {"refresh__every": 3}),
+    ):
+        config = tiny.config(folder, strategy=strategy, eval__bm25=False, **changes)
+        results = run(config, folder / strategy)
+        assert results["ledger"]["corpus_passes"] == passes, strategy
+        assert (results["distribution"]["kl_stale"] is None) == (passes == 0.0), strategy
+
+
+def test_stale_is_the_same_code_with_h_the_identity(folder):
+    distribution = json.loads((folder / "stale" / "results.json").read_text())["distribution"]
+    assert distribution["kl_stale"] == pytest.approx(distribution["kl_corrected"], rel=1e-4)
+    assert distribution["drift"] > 0
+
+
+def test_a_refresh_makes_the_cache_fresh_and_resets_the_corrector(folder):
+    config = tiny.config(folder, refresh__every=4, train__steps=5, checkpoint__every=5)
+    run(config, folder / "reset")
+    job = make_job(config)
+    checkpoints = Checkpoints(folder / "reset")
+    state, cache, position = checkpoints.resume(job.init_state(), job.empty_cache(), step=5)
+    assert position.cache["step"] == 4
+    assert set(np.asarray(cache.written_at)[: cache.size]) == {4}
+    assert float(state.corrector.gate) == 0.0
+    # One step after the reset: one update of Adam, the first of a new ramp.
+    assert int(state.corrector.opt_state[0].count) == 1
+
+
+def test_four_steps_killed_and_resumed_equal_eight_bit_for_bit(folder, corrected):
+    config, workdir = tiny.config(folder), folder / "killed"
+    script = f"""
+import os, pathlib, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from corrector_jax import train
+from tests import tiny
+made = train.make_batch
+def make_batch(job, step):
+    if step == 6:
+        while not any(pathlib.Path({str(workdir)!r}, "checkpoints").glob("4")):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return made(job, step)
+train.make_batch = make_batch
+train.train(tiny.config(pathlib.Path({str(folder)!r})), pathlib.Path({str(workdir)!r}), started=0.0)
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ, capture_output=True, timeout=300
+    )
+    assert process.returncode == -9, process.stderr.decode()
+    assert not (workdir / "results.json").exists()
+    assert Checkpoints(workdir).latest() == 4
+    run(config, workdir)
+    assert final_state(config, workdir) == final_state(config, corrected)
+    for name in ("before", "after"):
+        runs = [(where / "runs" / f"{name}.trec").read_text() for where in (workdir, corrected)]
+        assert runs[0] == runs[1]
+    losses = [
+        [row["train/loss"] for row in rows(where) if "train/loss" in row]
+        for where in (workdir, corrected)
+    ]
+    assert len(losses[0]) == 8
+    assert losses[0] == losses[1]
+    ledgers = [
+        json.loads((where / "results.json").read_text())["ledger"] for where in (workdir, corrected)
+    ]
+    assert ledgers[0] == ledgers[1]
+
+
+def test_a_finished_run_is_not_trained_again(folder, corrected):
+    before = final_state(tiny.config(folder), corrected)
+    results = run(tiny.config(folder), corrected)
+    assert results["steps"] == 8
+    assert results["ledger"]["encoded_with_grad"] == 8 * 8 * 4
+    assert final_state(tiny.config(folder), corrected) == before
+
+
+def test_another_configuration_is_refused_and_nothing_is_lost(folder, corrected):
+    kept = {path: path.read_bytes() for path in corrected.glob("*.json*")}
+    for key, value in (("train__learning_rate", 0.5), ("negatives__draws", 2), ("seed", 1)):
+        with pytest.raises(UserError, match=key.replace("__", ".")):
+            run(tiny.config(folder, **{key: value}), corrected)
+    assert {path: path.read_bytes() for path in corrected.glob("*.json*")} == kept
+
+
+def test_what_does_not_shape_the_state_may_differ_and_steps_may_grow(folder):
+    changes = {"train__schedule": "constant", "eval__bm25": False}
+    run(tiny.config(folder, train__steps=4, **changes), folder / "grown")
+    longer = tiny.config(folder, log__every=2, eval__every=2, eval__corpus="sample", **changes)
+    assert run(longer, folder / "grown")["steps"] == 8
+    straight = tiny.config(folder, **changes)
+    run(straight, folder / "straight")
+    assert final_state(longer, folder / "grown") == final_state(straight, folder / "straight")
+
+
+def test_a_missing_or_damaged_cache_snapshot_is_refused(folder):
+    workdir = folder / "damaged"
+    run(tiny.config(folder, eval__bm25=False), workdir)
+    (workdir / "cache" / "0").rename(workdir / "cache" / "gone")
+    with pytest.raises(UserError, match=r"cache.0 is missing"):
+        run(tiny.config(folder), workdir)
+    job = make_job(tiny.config(folder))
+    other = Checkpoints(workdir)
+    other.save_cache(job.empty_cache(), step=0)
+    with pytest.raises(UserError, match="digest"):
+        run(tiny.config(folder), workdir)
+
+
+def test_evaluation_during_training_ranks_what_it_was_told_to(folder):
+    for corpus, encoded in (("full", tiny.TARGETS), ("corrected", 0)):
+        config = tiny.config(
+            folder, eval__every=4, eval__corpus=corpus, eval__bm25=False, train__steps=6
+        )
+        results = run(config, folder / f"eval-{corpus}")
+        assert results["ledger"]["evaluation"] == tiny.TARGETS + encoded
+        during = [row for row in rows(folder / f"eval-{corpus}") if row["step"] == 4]
+        assert any("eval/data-dev/recall@20" in row for row in during)
+
+
+def test_batches_are_a_function_of_the_step_and_hold_every_known_positive(folder):
+    job = make_job(tiny.config(folder))
+    first, again = make_batch(job, 5), make_batch(job, 5)
+    for one, other in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert (first.known == first.positive[:, None]).any(axis=1).all()
+    assert not np.array_equal(first.query_tokens, make_batch(job, 6).query_tokens)
+
+
+def test_separate_towers_and_other_correctors_train_too(folder):
+    for name, changes in {
+        "separate": {"model__shared_towers": False, "corrector__kind": "linear"},
+        "kl": {"corrector__loss": "both", "corrector__kl_weight": 0.1, "corrector__updates": 1},
+        "uniform-rows": {"corrector__uniform_rows": 4, "loss__estimator": "single"},
+        "bf16": {"cache__dtype": "bfloat16", "loss__estimator": "weighted"},
+        "shared": {"loss__estimator": "truncated", "loss__shared": True},
+        "accumulate": {"train__accumulate": 2},
+    }.items():
+        config = tiny.config(folder, eval__bm25=False, train__steps=4, **changes)
+        results = run(config, folder / name)
+        assert np.isfinite(results["distribution"]["kl_corrected"]), name
