@@ -6,7 +6,6 @@ from setuptools import find_packages, setup
 REQUIRED = [
     "absl-py>=2.5",
     "bm25s>=0.3.16",
-    "etils[epath]>=1.15",
     "flax>=0.12.8",
     "huggingface_hub>=2.4",
     "ir_measures>=0.4.3",
@@ -16,6 +15,7 @@ REQUIRED = [
     "numpy>=2.4",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
+    "PyStemmer>=3.1",
     "safetensors>=0.8",
     # Wheels exist for Linux only; everything but the ScaNN path works without it.
     'scann>=1.4.2; platform_system == "Linux" and python_version < "3.14"',

@@ -157,7 +157,10 @@ class Checkpoints:
             )
         return cache
 
-    def close(self) -> None:
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         """Waits for what is being saved."""
         self._manager.wait_until_finished()
         self._manager.close()

@@ -150,8 +150,8 @@ def validate(config: ConfigDict) -> None:
             raise UserError(f"config.{key} is {get(config, key)}: write a number above 0")
     if config.train.warmup >= config.train.steps:
         raise UserError(
-            f"config.train.warmup is {config.train.warmup} of {config.train.steps} steps: write fewer "
-            "than config.train.steps"
+            f"config.train.warmup is {config.train.warmup} of {config.train.steps} steps: write "
+            "fewer than config.train.steps"
         )
     _validate_strategy(config)
     _validate_corrector(config)

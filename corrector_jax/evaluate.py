@@ -245,13 +245,13 @@ def evaluate_run(workdir: Path, *, name: str = "") -> Path:
     if not saved.exists():
         raise UserError(f"{workdir} holds no config.json: --workdir must be the folder of a run")
     config = configs.from_json(saved.read_text())
-    checkpoints = Checkpoints(workdir)
-    step = checkpoints.latest()
-    if step is None:
-        raise UserError(f"{workdir} holds no checkpoint to evaluate: train there first")
-    job = make_job(config)
-    empty = job.empty_cache() if job.uses_cache else None
-    state, cache, _ = checkpoints.resume(job.init_state(), empty, step=step)
+    with Checkpoints(workdir) as checkpoints:
+        step = checkpoints.latest()
+        if step is None:
+            raise UserError(f"{workdir} holds no checkpoint to evaluate: train there first")
+        job = make_job(config)
+        empty = job.empty_cache() if job.uses_cache else None
+        state, cache, _ = checkpoints.resume(job.init_state(), empty, step=step)
     split = job.final_split
     result = evaluate(
         job, state.params, step=step, splits=[split], cache=cache, psi=state.corrector.gated
@@ -262,7 +262,6 @@ def evaluate_run(workdir: Path, *, name: str = "") -> Path:
         say(f"{metric:>16} {value:.4f}")
     path = workdir / "eval" / f"{name}.json"
     say(f"{split} of {job.data.name} at step {step:,}: {path}")
-    checkpoints.close()
     return path
 
 

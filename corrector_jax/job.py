@@ -82,6 +82,11 @@ class Job:
         return self.tokens.size
 
     @property
+    def encoded_per_step(self) -> int:
+        """Targets encoded with gradient by one training step."""
+        return int(self.config.train.batch_size * (1 + self.method.proposal.draws))
+
+    @property
     def uses_cache(self) -> bool:
         """Whether the strategy reads cached embeddings."""
         return isinstance(self.method.proposal, TwoLevel)
@@ -94,8 +99,7 @@ class Job:
             tx=self.corrector_tx,
             dim=self.model.dim,
             ring=self.config.corrector.updates - 1 if self.method.corrector.learns else 0,
-            rows=self.config.train.batch_size * (1 + self.method.proposal.draws)
-            + self.method.uniform_rows,
+            rows=self.encoded_per_step + self.method.uniform_rows,
         )
 
     def init_state(self) -> TrainState:

@@ -345,14 +345,19 @@ def _legend(ax: Axes, theme: _Theme) -> None:
 
 
 def _log_if_wide(ax: Axes, values: Iterable[np.ndarray]) -> None:
-    """A logarithmic axis where the positive values span more than a factor of 20."""
+    """A logarithmic axis where the values span more than a factor of 20.
+
+    What is below 1e-5 of the largest is rounding (step 0 has no drift) and off the axis.
+    """
     from matplotlib.ticker import LogLocator, NullFormatter
 
     joined = np.concatenate(list(values))
-    positive = joined[joined > 0]
-    if len(positive) and positive.max() > 20 * positive.min():
-        ax.set_yscale("log", nonpositive="mask")  # step 0 has no drift: no point, no line to it
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    top = joined.max()
+    low = joined[joined > 1e-5 * top].min(initial=top)
+    if top > 20 * low:
+        ax.set_yscale("log", nonpositive="mask")
+        ax.set_ylim(bottom=low / 1.5)
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=20))
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(NullFormatter())
     else:
@@ -377,12 +382,15 @@ def _draw_loss(series: Series, results: Mapping[str, Any], theme: _Theme) -> Fig
     ax.set_ylabel("task loss (nats)", color=theme.ink, fontsize=10)
     if "train/loss" in series:
         steps, loss = series["train/loss"]
-        ax.plot(steps, loss, color=theme.faint, alpha=0.5, linewidth=0.9, label="as logged")
         kernel = np.ones(2 * (len(loss) // 40) + 1)  # a twentieth of the run, centred
-        kept = np.convolve(np.ones(len(loss)), kernel, "same")  # fewer at both ends
-        smooth = np.convolve(loss, kernel, "same") / kept
-        label = f"mean of {len(kernel)} neighbours"
-        ax.plot(steps, smooth, color=theme.corrected, linewidth=2, label=label)
+        if len(kernel) == 1:
+            _line(ax, steps, loss, color=theme.corrected, linewidth=2, label="as logged")
+        else:
+            kept = np.convolve(np.ones(len(loss)), kernel, "same")  # fewer at both ends
+            smooth = np.convolve(loss, kernel, "same") / kept
+            label = f"mean of {len(kernel)} neighbours"
+            ax.plot(steps, loss, color=theme.faint, alpha=0.5, linewidth=0.9, label="as logged")
+            ax.plot(steps, smooth, color=theme.corrected, linewidth=2, label=label)
         _legend(ax, theme)
     else:
         _say_missing(ax, theme, ["train/loss"], empty=True)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, where safetensors looks for it)
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -235,7 +234,7 @@ def _tensors(folder: Path, sha256: str) -> dict[str, np.ndarray]:
 
 
 def _widened(tensor: np.ndarray) -> np.ndarray:
-    # To numpy, bfloat16 is a void type rather than a float.
+    # bfloat16, which jax registers with numpy, is of the kind void there rather than float.
     return tensor.astype(np.float32, copy=False) if tensor.dtype.kind in "fV" else tensor
 
 

@@ -64,8 +64,10 @@ class Writer:
                 # TensorBoard allows no "@" in a name.
                 self._events.add_scalar(name.replace("@", "_at_"), value, step)
 
-    def close(self) -> None:
-        """Flushes and closes the files."""
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         self._file.close()
         if self._events is not None:
             self._events.close()

@@ -89,5 +89,5 @@ def test_only_keys_that_shape_the_state_are_compared():
         with pytest.raises(UserError, match="there holds a run with another configuration"):
             configs.refuse_other_run(changed(**changes), saved, "there")
     decaying = changed(train__steps=100)
-    with pytest.raises(UserError, match="train.steps"):
+    with pytest.raises(UserError, match=r"train\.steps"):
         configs.refuse_other_run(changed(train__steps=200), decaying, "there")

@@ -219,7 +219,8 @@ def test_hostile_text_is_shown_as_text(tmp_path, run, page):
     run["results.json"]["strategy"] = HOSTILE
     run["results.json"]["encoder"]["source"] = HOSTILE
     run["metrics.jsonl"].append({"step": 1, f"eval/{HOSTILE}-$\\frac$/recall@20": 0.5})
-    run["examples.json"][0]["before"][0]["rank"] = HOSTILE
+    for hit in run["examples.json"][0]["before"]:
+        hit["rank"] = HOSTILE
     run["examples.json"][0]["positives"] = ["half a pair \ud800, a zero \0"]
     run["config.json"][HOSTILE] = {HOSTILE: HOSTILE}
     parsed = page(run, plots=True)
@@ -469,18 +470,28 @@ def test_a_plot_names_the_series_it_lacks(run, draw):
     assert said.strip() == "not logged: probe/kl_corrected"
 
 
-def test_zero_drift_is_no_point_on_a_logarithmic_axis(tmp_path, run):
-    series, _ = report._read_metrics(write(tmp_path, run) / "metrics.jsonl")
+@pytest.mark.parametrize("first", [0.0, 3e-15])
+def test_no_drift_is_off_the_logarithmic_axis(run, first):
+    steps = np.arange(5)
+    series = {
+        "probe/drift": (steps, np.array([first, 0.1, 0.4, 0.5, 0.6])),
+        "probe/corrected_error": (steps, np.array([first, 0.01, 0.01, 0.02, 0.02])),
+    }
     plot = next(plot for plot in report._PLOTS if plot.name == "drift")
-    (ax,) = plot.draw(series, run["results.json"], report._LIGHT).axes
+    figure = plot.draw(series, run["results.json"], report._LIGHT)
+    (ax,) = figure.axes
+    figure.draw_without_rendering()
     assert ax.get_yscale() == "log"
-    assert np.isnan(ax.yaxis.get_transform().transform(np.zeros(1)))
+    assert 0.001 < ax.get_ylim()[0] < 0.01
+    assert not np.isfinite(ax.yaxis.get_transform().transform(np.zeros(1)))
+    labels = {text.get_text() for text in ax.get_yticklabels()}
+    assert labels >= {"0.01", "0.03", "0.1", "0.3"}
 
 
 def test_one_step_is_enough(run, draw):
     run["metrics.jsonl"] = run["metrics.jsonl"][:1]
     run["results.json"]["steps"] = 1
-    assert draw(run, "loss")[0]["mean of 1 neighbours"][0] == [0]
+    assert list(draw(run, "loss")[0]) == ["as logged"]
     assert draw(run, "drift")[0]["stale cache (drift), probe"][1] == [0]
     assert draw(run, "recall")[0]["during training (dev)"][0] == [0]
 

@@ -138,7 +138,7 @@ def train_step(
 
     measured = {
         "loss": Mean(loss, jnp.float32(1.0)),
-        "grad_norm": Mean(optax.global_norm(grads), jnp.float32(1.0)),
+        "grad_norm": Mean(optax.tree.norm(grads), jnp.float32(1.0)),
         "accuracy": metrics.mean(
             positive > jnp.max(jnp.where(pool.valid, pool.scores, -jnp.inf), axis=1),
             jnp.asarray(batch.valid),

@@ -73,7 +73,6 @@ def test_real_data_is_large_and_parallel(real: RetrievalData):
 
 
 def test_every_real_target_is_a_function_without_docstrings(real: RetrievalData):
-    queries = _queries(real)
     for identifier, text in zip(real.target_ids, real.target_texts, strict=True):
         (function,) = ast.parse(text).body
         assert isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
@@ -81,7 +80,6 @@ def test_every_real_target_is_a_function_without_docstrings(real: RetrievalData)
         for node in ast.walk(function):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                 assert ast.get_docstring(node) is None
-        assert queries[identifier] not in text or len(queries[identifier]) < 20
 
 
 def test_splits_share_no_sentence(real: RetrievalData):
@@ -232,13 +230,13 @@ def test_poor_targets_and_poor_places_are_left_out(build_from):
 def test_a_sentence_alone_decides_on_its_split(build_from):
     def split_of(prefix: str, start: int) -> dict[str, str]:
         functions = [
-            _function(f"{prefix}{i}", f"Add {'very ' * i}much to x.", f"return {prefix} + {i}")
-            for i in range(start, 30)
+            _function(f"{prefix}{i}", f"Add the {i}th number to x.", f"return {prefix} + {i}")
+            for i in range(start, 200)
         ]
         data = build_from({"a.py": "".join(functions)})
         return {text: name for name, split in data.splits.items() for text in split.texts}
 
-    many, few = split_of("f", 0), split_of("renamed", 10)
+    many, few = split_of("f", 0), split_of("renamed", 50)
     assert set(few.values()) == {"train", "dev", "test"}
     assert few.items() < many.items()
 
@@ -271,6 +269,7 @@ def test_load_reads_it_and_cuts_it(build_from, monkeypatch):
         ("dot(a, b, out=None) -> array\n\nMultiply two arrays.", "Multiply two arrays."),
         ("Call :func:`~numpy.dot` on ``a`` and `b`.", "Call numpy.dot on a and b."),
         ("Solve a system.\nParameters\n----------\na : array", "Solve a system."),
+        ("Solve a system\nArgs:\n  a: array", "Solve a system"),
         ("Solve the equation\n.. math:: x = y", "Solve the equation"),
         ("", None),
         ("   \n ", None),

@@ -1,0 +1,142 @@
+"""What a finished run leaves: results.json, examples.json, the report, the last lines printed."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from corrector_jax import report
+from corrector_jax.checkpoint import Position
+from corrector_jax.job import Job
+from corrector_jax.ranking import METRICS, paired_bootstrap, read_trec
+from corrector_jax.writer import replace, say
+
+EXAMPLES = 5
+"""Queries whose results before and after are shown in the report."""
+
+
+def finish(job: Job, workdir: Path, position: Position, started: float) -> Path:
+    """Writes everything that is made of the run's evaluations, and prints the summary.
+
+    Args:
+      job: the job.
+      workdir: the run's folder, with its evaluations.
+      position: the ledger and the times.
+      started: when the run began, by `time.monotonic()`.
+
+    Returns:
+      The path of report.html.
+    """
+    replace(workdir / "examples.json", json.dumps(examples(job, workdir)) + "\n")
+    summary = results(job, workdir, position)
+    # The report shows wall_seconds up to itself; results.json then counts the report too.
+    stamp(summary, workdir, started)
+    path = report.write_report(workdir)
+    stamp(summary, workdir, started)
+    say("\n" + report.summary_table(summary))
+    say(f"\nreport: {path}")
+    return path
+
+
+def stamp(summary: dict[str, Any], workdir: Path, started: float) -> None:
+    """Writes results.json with the wall-clock seconds up to now."""
+    summary["wall_seconds"] = round(time.monotonic() - started, 1)
+    replace(workdir / "results.json", json.dumps(summary, indent=2) + "\n")
+
+
+def results(job: Job, workdir: Path, position: Position) -> dict[str, Any]:
+    """What results.json holds but for wall_seconds, from the workdir's evaluations.
+
+    Args:
+      job: the job.
+      workdir: the run's folder.
+      position: the ledger and the times.
+
+    Returns:
+      A JSON-able dict.
+    """
+    records = {
+        name: json.loads((workdir / "eval" / f"{name}.json").read_text())
+        for name in ("before", "after", "bm25", "pretrained")
+        if (workdir / "eval" / f"{name}.json").exists()
+    }
+    passes = (position.ledger["initial"] + position.ledger["refresh"]) / job.size
+    distribution = records["after"]["distribution"]
+    nothing = dict.fromkeys(("kl_stale", "kl_corrected", "drift", "corrected_error"))
+    return {
+        "strategy": job.config.strategy,
+        "seed": job.config.seed,
+        "steps": position.step,
+        "dataset": {
+            "name": job.data.name,
+            "targets": job.size,
+            "train_queries": len(job.data.splits["train"].texts),
+            "eval_queries": records["after"]["queries"],
+            "eval_split": job.final_split,
+        },
+        "encoder": {
+            "source": job.encoder_source,
+            "layers": job.model.encoder.config.num_layers,
+            "dim": job.model.dim,
+        },
+        "eval": {name: record["metrics"] for name, record in records.items()},
+        "comparison": {
+            name: paired_bootstrap(
+                np.array(records["before"]["per_query"][name]),
+                np.array(records["after"]["per_query"][name]),
+                seed=job.config.seed,
+            )._asdict()
+            for name in METRICS
+        },
+        "distribution": distribution or nothing,
+        "ledger": {**position.ledger, "corpus_passes": round(passes, 4)},
+        "wall_seconds": 0.0,
+        "examples_per_second": round(
+            position.step * job.config.train.batch_size / max(position.train_seconds, 1e-9), 2
+        ),
+    }
+
+
+def examples(job: Job, workdir: Path) -> list[dict[str, Any]]:
+    """A few queries with their first results before and after, spread evenly over the split.
+
+    Args:
+      job: the job.
+      workdir: the run's folder, with its runs.
+
+    Returns:
+      What examples.json holds.
+    """
+    split = job.data.splits[job.final_split]
+    chosen = np.unique(np.linspace(0, len(split.texts) - 1, EXAMPLES).astype(int))
+    found = {
+        name: read_trec(workdir / "runs" / f"{name}.trec", split, job.data.target_ids)
+        for name in ("before", "after")
+    }
+
+    def top(name: str, query: int) -> list[dict[str, Any]]:
+        rows, scores = found[name].rows[query][:3], found[name].scores[query][:3]
+        return [
+            {
+                "rank": rank,
+                "score": round(float(score), 4),
+                "text": job.data.target_texts[row],
+                "relevant": bool(row in split.positives[query]),
+            }
+            for rank, (row, score) in enumerate(zip(rows, scores, strict=True), 1)
+            if row >= 0
+        ]
+
+    return [
+        {
+            "query": split.texts[query],
+            "positives": [job.data.target_texts[row] for row in split.positives[query]],
+            "before": top("before", query),
+            "after": top("after", query),
+        }
+        for query in chosen
+    ]
