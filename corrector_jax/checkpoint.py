@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,6 @@ import orbax.checkpoint as ocp
 
 from corrector_jax.cache import TargetCache
 from corrector_jax.types import PyTree, UserError
-
-logging.getLogger("absl").setLevel(logging.WARNING)
 
 
 @dataclasses.dataclass

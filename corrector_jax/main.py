@@ -25,7 +25,7 @@ import inspect  # noqa: E402
 import re  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from absl import app, flags  # noqa: E402
+from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 from corrector_jax import config as configs  # noqa: E402
@@ -39,6 +39,7 @@ _NAME = flags.DEFINE_string("name", "", "Of an evaluation.")
 
 def main(argv: list[str]) -> None:
     """Flags -> configuration -> one call."""
+    logging.set_verbosity(logging.WARNING)  # what libraries tell of themselves helps nobody
     if len(argv) > 1:
         raise UserError(f"{argv[1]!r} is not a flag: see --help")
     if _MODE.value == "train":

@@ -18,6 +18,9 @@ from corrector_jax.writer import replace, say
 EXAMPLES = 5
 """Queries whose results before and after are shown in the report."""
 
+FIRST = 3
+"""Results shown of each."""
+
 
 def finish(job: Job, workdir: Path, position: Position, started: float) -> Path:
     """Writes everything that is made of the run's evaluations, and prints the summary.
@@ -118,25 +121,28 @@ def examples(job: Job, workdir: Path) -> list[dict[str, Any]]:
         for name in ("before", "after")
     }
 
-    def top(name: str, query: int) -> list[dict[str, Any]]:
-        rows, scores = found[name].rows[query][:3], found[name].scores[query][:3]
+    def shown(name: str, query: int) -> list[dict[str, Any]]:
+        """The first results, and below them the first known positive if it comes later."""
+        rows, scores = found[name].rows[query], found[name].scores[query]
+        relevant = np.isin(rows, split.positives[query])
+        ranks = [rank for rank in range(min(FIRST, len(rows))) if rows[rank] >= 0]
+        ranks += [int(rank) for rank in np.flatnonzero(relevant)[:1] if rank >= FIRST]
         return [
             {
-                "rank": rank,
-                "score": round(float(score), 4),
-                "text": job.data.target_texts[row],
-                "relevant": bool(row in split.positives[query]),
+                "rank": rank + 1,
+                "score": round(float(scores[rank]), 4),
+                "text": job.data.target_texts[rows[rank]],
+                "relevant": bool(relevant[rank]),
             }
-            for rank, (row, score) in enumerate(zip(rows, scores, strict=True), 1)
-            if row >= 0
+            for rank in ranks
         ]
 
     return [
         {
             "query": split.texts[query],
             "positives": [job.data.target_texts[row] for row in split.positives[query]],
-            "before": top("before", query),
-            "after": top("after", query),
+            "before": shown("before", query),
+            "after": shown("after", query),
         }
         for query in chosen
     ]

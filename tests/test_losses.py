@@ -416,11 +416,3 @@ def test_examples_in_docstrings():
     found = doctest.testmod(losses)
     assert found.attempted
     assert not found.failed
-
-
-def test_zz():
-    print(
-        [distance(mean_gradient("balanced", draws), dense()) for draws in (1, 2, 4, 8)],
-        [distance(mean_gradient("truncated", draws), dense()) for draws in (1, 2, 4)],
-    )
-    raise SystemError

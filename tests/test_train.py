@@ -42,6 +42,7 @@ def rows(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+# The runs of one module share their data, and so the programs that are compiled for it.
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("tiny")
@@ -95,23 +96,24 @@ def test_the_first_evaluation_is_of_the_untouched_encoder_and_training_moves_it(
     assert all(abs(float(score)) <= 1.0001 for score in scores)  # unit vectors
 
 
-def test_every_strategy_runs_and_says_what_it_cost(folder):
-    for strategy, passes, changes in (
+@pytest.mark.parametrize(
+    ("strategy", "passes", "changes"),
+    [
         ("in_batch", 0.0, {}),
-        ("uniform", 0.0, {}),
-        ("stale", 1.0, {}),
-        ("refreshed", 3.0, {"refresh__every": 3}),
-    ):
-        config = tiny.config(folder, strategy=strategy, eval__bm25=False, **changes)
-        results = run(config, folder / strategy)
-        assert results["ledger"]["corpus_passes"] == passes, strategy
-        assert (results["distribution"]["kl_stale"] is None) == (passes == 0.0), strategy
-
-
-def test_stale_is_the_same_code_with_h_the_identity(folder):
-    distribution = json.loads((folder / "stale" / "results.json").read_text())["distribution"]
-    assert distribution["kl_stale"] == pytest.approx(distribution["kl_corrected"], rel=1e-4)
-    assert distribution["drift"] > 0
+        pytest.param("uniform", 0.0, {}, marks=pytest.mark.slow),
+        pytest.param("stale", 1.0, {}, marks=pytest.mark.slow),
+        pytest.param("refreshed", 3.0, {"refresh__every": 3}, marks=pytest.mark.slow),
+    ],
+)
+def test_every_strategy_runs_and_says_what_it_cost(folder, strategy, passes, changes):
+    config = tiny.config(folder, strategy=strategy, eval__bm25=False, **changes)
+    results = run(config, folder / strategy)
+    assert results["ledger"]["corpus_passes"] == passes
+    distribution = results["distribution"]
+    assert (distribution["kl_stale"] is None) == (passes == 0.0)
+    if strategy == "stale":  # the same code with h the identity
+        assert distribution["kl_stale"] == pytest.approx(distribution["kl_corrected"], rel=1e-4)
+        assert distribution["drift"] > 0
 
 
 def test_a_refresh_makes_the_cache_fresh_and_resets_the_corrector(folder):
@@ -226,15 +228,20 @@ def test_batches_are_a_function_of_the_step_and_hold_every_known_positive(folder
     assert not np.array_equal(first.query_tokens, make_batch(job, 6).query_tokens)
 
 
-def test_separate_towers_and_other_correctors_train_too(folder):
-    for name, changes in {
-        "separate": {"model__shared_towers": False, "corrector__kind": "linear"},
-        "kl": {"corrector__loss": "both", "corrector__kl_weight": 0.1, "corrector__updates": 1},
-        "uniform-rows": {"corrector__uniform_rows": 4, "loss__estimator": "single"},
-        "bf16": {"cache__dtype": "bfloat16", "loss__estimator": "weighted"},
-        "shared": {"loss__estimator": "truncated", "loss__shared": True},
-        "accumulate": {"train__accumulate": 2},
-    }.items():
-        config = tiny.config(folder, eval__bm25=False, train__steps=4, **changes)
-        results = run(config, folder / name)
-        assert np.isfinite(results["distribution"]["kl_corrected"]), name
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__shared_towers": False, "corrector__kind": "linear"},
+        {"corrector__loss": "both", "corrector__kl_weight": 0.1, "corrector__updates": 1},
+        {"corrector__uniform_rows": 4, "loss__estimator": "single"},
+        {"cache__dtype": "bfloat16", "loss__estimator": "weighted"},
+        {"loss__estimator": "truncated", "loss__shared": True},
+        {"train__accumulate": 2},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_other_words_of_the_configuration_train_too(folder, tmp_path, changes):
+    config = tiny.config(folder, eval__bm25=False, train__steps=4, **changes)
+    results = run(config, tmp_path / "run")
+    assert np.isfinite(results["distribution"]["kl_corrected"])
