@@ -14,7 +14,7 @@ from corrector_jax import cache as caches
 from corrector_jax import config as configs
 from corrector_jax import losses, optimizer, rng, weights
 from corrector_jax.cache import TargetCache, TargetTokens
-from corrector_jax.data import dataset, tokenize
+from corrector_jax.data import dataset, sources, tokenize
 from corrector_jax.data.dataset import RetrievalData
 from corrector_jax.embed import Embedder
 from corrector_jax.models import corrector as correctors
@@ -139,7 +139,7 @@ def make_job(config: ConfigDict) -> Job:
       UserError: data, weights and configuration do not fit together.
     """
     place = _placement(config)
-    data = dataset.load(
+    data = sources.load(
         config.data.path,
         target_template=config.data.target_template,
         max_targets=config.data.max_targets,

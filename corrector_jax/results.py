@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from corrector_jax import report
 from corrector_jax.checkpoint import Position
 from corrector_jax.job import Job
 from corrector_jax.ranking import METRICS, paired_bootstrap, read_trec
+from corrector_jax.report.page import write_report
+from corrector_jax.report.words import summary_table
 from corrector_jax.writer import replace, say
 
 EXAMPLES = 5
@@ -38,9 +39,9 @@ def finish(job: Job, workdir: Path, position: Position, started: float) -> Path:
     summary = results(job, workdir, position)
     # The report shows wall_seconds up to itself; results.json then counts the report too.
     stamp(summary, workdir, started)
-    path = report.write_report(workdir)
+    path = write_report(workdir)
     stamp(summary, workdir, started)
-    say("\n" + report.summary_table(summary))
+    say("\n" + summary_table(summary))
     say(f"\nreport: {path}")
     return path
 

@@ -17,8 +17,8 @@ from scipy.special import erf
 from corrector_jax.cache import TargetCache, TargetTokens
 from corrector_jax.types import Array, Batch
 
-# Compiling is nearly all of a test's time, and its programs are tiny: no optimisation by LLVM.
-QUICK = {"xla_backend_optimization_level": 0}
+# Compiling is most of a test's time, and its programs are tiny: little optimisation by LLVM.
+QUICK = {"xla_backend_optimization_level": 1}
 if jax.__version_info__ < (0, 11):  # removed from XLA later
     QUICK["xla_cpu_use_fusion_emitters"] = False
 
@@ -151,9 +151,10 @@ def row_numbers(size: int, place, *, block_rows: int) -> TargetTokens:
     return TargetTokens(ids=place.put_rows(ids[:, None]), size=size, fingerprint="")
 
 
-def batch_of(known: list[list[int]], *, valid: list[bool] | None = None) -> Batch:
+def batch_of(
+    known: list[list[int]], *, width: int = 3, valid: list[bool] | None = None
+) -> Batch:
     """A batch of the queries 0, 1, ... of `Free`; the first known positive is the labelled one."""
-    width = max(len(rows) for rows in known)
     table = np.array([rows + [-1] * (width - len(rows)) for rows in known], np.int32)
     number = np.arange(len(known), dtype=np.int32)
     there = np.ones(len(known), bool) if valid is None else np.array(valid)

@@ -15,8 +15,8 @@ from corrector_jax.sharding import make_placement
 from corrector_jax.types import Draws
 from tests import oracle
 
-N, DIM, BETA = 1009, 8, 12.0
-QUERIES, COPIES, DRAWS = 4, 8, 256
+N, DIM, BETA = 503, 8, 12.0
+QUERIES, COPIES, DRAWS = 4, 64, 32
 GATED = pytest.mark.parametrize(
     ("corrector", "gate"),
     [(Identity(), 1.0), (Linear(), 0.0), (Linear(), 1.0), (Mlp(), 0.0), (Mlp(), 1.0)],
@@ -32,7 +32,7 @@ def problem():
     queries, rows = oracle.unit(rng, QUERIES, DIM), oracle.unit(rng, N, DIM)
     best = (queries @ rows.T).argmax(axis=1)
     known = np.full((QUERIES, 20), -1, np.int32)
-    known[0, :2] = best[0], 500  # what would be drawn most
+    known[0, :2] = best[0], 300  # what would be drawn most
     known[1, :20] = np.arange(160, 180)  # a whole block of 16, and more
     known[2, :1] = N - 1
     return queries, rows, known
@@ -97,7 +97,7 @@ def test_two_level_gives_every_query_the_log_probability_of_every_candidate(corr
     valid[3] = False  # nothing was left for it
     log_z = np.where(valid[:, 0], log_z, -np.inf).astype(np.float32)
     drawn = Draws(np.zeros((QUERIES, DRAWS), np.int32), jnp.zeros(valid.shape), valid, log_z)
-    candidates = np.array([3, 700, 700, 41, 1008])
+    candidates = np.array([3, 400, 400, 41, 502])
     found = oracle.jit(proposal.log_prob)(queries, psi, rows[candidates], drawn)
     meets = ~oracle.is_known(known, N)[:3, candidates]  # what a known positive gets is not said
     np.testing.assert_allclose(

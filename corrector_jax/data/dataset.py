@@ -1,6 +1,6 @@
 """What every data source gives: targets, and queries with their known positives per split.
 
-`load` reads any of them; the rest of the package knows only `RetrievalData`.
+`sources.load` reads any of them; the rest of the package knows only `RetrievalData`.
 """
 
 from __future__ import annotations
@@ -68,35 +68,6 @@ class RetrievalData:
         return digest.hexdigest()
 
 
-def load(
-    path: str,
-    *,
-    target_template: str = "{title} {text}",
-    max_targets: int = 0,
-    max_queries: int = 0,
-) -> RetrievalData:
-    """Reads a data source, and cuts it to size where asked.
-
-    Args:
-      path: a folder in BEIR layout; '' for the embedded code search data.
-      target_template: how a target's text is made of its `{title}` and `{text}`.
-      max_targets: keep that many targets, 0 for all; see `subset`.
-      max_queries: keep that many queries of dev and of test each, 0 for all.
-
-    Raises:
-      UserError: something is wrong with the source or the template, or the cut leaves nothing.
-    """
-    # The sources need this module's types, so they are imported where they are chosen.
-    from corrector_jax.data import beir, code_search
-
-    _check_template(target_template)
-    if path:
-        data = beir.read(path, target_template=target_template)
-    else:
-        data = code_search.build(target_template=target_template)
-    return subset(data, max_targets=max_targets, max_queries=max_queries)
-
-
 def eval_split(data: RetrievalData, wanted: str = "auto") -> str:
     """The split the final evaluation uses.
 
@@ -162,18 +133,6 @@ def render_target(template: str, *, title: str, text: str) -> str:
 def stable_hash(text: str) -> int:
     """A 64-bit hash of a text that is the same in every process and on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
-def _check_template(template: str) -> None:
-    try:
-        filled = render_target(template, title="", text="some text")
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise UserError(
-            f"data.target_template={template!r} cannot be filled in: write a text with {{title}} "
-            "and {text} as its only fields."
-        ) from error
-    if "some text" not in filled:
-        raise UserError(f"data.target_template={template!r} drops the text: write {{text}} in it.")
 
 
 def _smallest(ids: Sequence[str], count: int) -> np.ndarray:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from corrector_jax.data import beir, dataset
+from corrector_jax.data import beir
 from corrector_jax.types import UserError
 
 HEADER = "query-id\tcorpus-id\tscore"
@@ -47,7 +47,7 @@ def test_reads_texts_splits_and_grades(tmp_path: Path):
 
 
 def test_template_is_filled_in_and_stripped(tmp_path: Path):
-    data = dataset.load(str(_write(tmp_path / "toy")), target_template=" {title}: {text}\n")
+    data = beir.read(str(_write(tmp_path / "toy")), target_template=" {title}: {text}\n")
     assert data.target_texts[0] == "Ant: A small insect."
 
 
@@ -135,7 +135,7 @@ def test_missing_judgements_and_folders_are_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"at least one of train\.tsv, dev\.tsv and test\.tsv"):
         beir.read(str(_write(tmp_path / "toy", qrels={})))
     with pytest.raises(UserError, match="is not a folder"):
-        dataset.load(str(tmp_path / "nowhere"))
+        beir.read(str(tmp_path / "nowhere"))
 
 
 def test_real_data_with_several_positives(shared_data: Path):

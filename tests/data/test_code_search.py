@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from corrector_jax.data import code_search, dataset
+from corrector_jax.data import code_search
 from corrector_jax.data.code_search import first_sentence
 from corrector_jax.data.dataset import RetrievalData
 from corrector_jax.types import UserError
@@ -249,13 +249,6 @@ def test_template_applies(build_from):
 def test_an_environment_without_sources_is_refused(build_from):
     with pytest.raises(UserError, match=r"data\.path"):
         build_from({})
-
-
-def test_load_reads_it_and_cuts_it(build_from, monkeypatch):
-    small = build_from({"a.py": _function("f", "Add one to x.")})
-    monkeypatch.setattr(code_search, "build", lambda *, target_template: small)
-    assert dataset.load("").target_ids == ["a:f"]
-    assert dataset.load("", max_targets=5) == small
 
 
 @pytest.mark.parametrize(
