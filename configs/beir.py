@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
     c.data.path = "data"
     c.model.layers = 2
     c.data.query_max_len = 24
-    c.data.target_max_len = 48
+    c.data.target_max_len = 32  # raise both lengths for longer texts
     c.train.steps = 200
     c.train.warmup = 20
     c.train.learning_rate = 1e-4

@@ -17,15 +17,16 @@ from scipy.special import erf
 from corrector_jax.cache import TargetCache, TargetTokens
 from corrector_jax.types import Array, Batch
 
-# Compiling is most of a test's time, and its programs are tiny: little optimisation by LLVM.
-QUICK = {"xla_backend_optimization_level": 1}
+# Compiling is most of a test's time, and its programs are tiny: no optimisation by LLVM.
+QUICK = {"xla_backend_optimization_level": 0}
 if jax.__version_info__ < (0, 11):  # removed from XLA later
     QUICK["xla_cpu_use_fusion_emitters"] = False
 
 
-def jit(function, **options):
-    """`jax.jit` that compiles several times faster; numbers agree to rounding."""
-    return jax.jit(function, compiler_options=QUICK, **options)
+def jit(function, *, heavy=False, **options):
+    """`jax.jit` that compiles several times faster; `heavy` for a program that runs for long."""
+    level = {"xla_backend_optimization_level": 1} if heavy else {}
+    return jax.jit(function, compiler_options=QUICK | level, **options)
 
 
 def f64(x) -> np.ndarray:

@@ -51,7 +51,7 @@ def two_level(corrector, devices=1):
     place = make_placement(devices)
     proposal = TwoLevel(DRAWS, BETA, corrector, block_rows=16, tile_rows=256, place=place)
     cache = oracle.filled(problem()[1], place, block_rows=16)
-    return proposal, cache, oracle.jit(proposal.draw)
+    return proposal, cache, oracle.jit(proposal.draw, heavy=True)
 
 
 def corrected_rows(corrector, psi):

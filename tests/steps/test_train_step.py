@@ -107,7 +107,7 @@ def free_gradients(shared):
 
         return jax.lax.map(once, keys, batch_size=256)
 
-    return oracle.jit(many), names
+    return oracle.jit(many, heavy=True), names
 
 
 def evaluate(name, world, *, keys=256, shared=None, known=KNOWN, valid=None):
@@ -358,9 +358,9 @@ def method_of(name, place, which):
     }[name]()
 
 
-# Learning rates sit in the states, so that a test may change them without compiling again. The
-# encoders' epsilon is large: an exact zero of the gradient is rounding noise on either mesh.
-TX = optax.inject_hyperparams(optax.adam)(learning_rate=1e-2, eps=1e-3)
+# Learning rates sit in the states, so that a test may change them without compiling again. Plain
+# descent shows gradients as they are; Adam would blow up what is zero but for rounding.
+TX = optax.inject_hyperparams(optax.sgd)(learning_rate=0.02)
 CORRECTOR_TX = optax.inject_hyperparams(optax.adam)(learning_rate=3e-3)
 
 
@@ -390,7 +390,7 @@ class Step:
             corpus(), fingerprint="", pad_id=0, block_rows=BLOCK, place=self.place
         )
 
-    def start(self, *, psi=None, gate=0.0, rate=2e-3, corrector_rate=3e-3, rows="stale"):
+    def start(self, *, psi=None, gate=0.0, rate=0.02, corrector_rate=3e-3, rows="stale"):
         corrector = Mlp() if self.uses_cache else Identity()
         extra = EXTRA if self.name == "balanced" else 0
         of_corrector = init_corrector(
@@ -497,14 +497,14 @@ def test_no_round_trip_to_the_host(devices):
 
 def test_the_step_learns_and_measures():
     """The cache is never refreshed: drift grows, and the corrector takes most of it back."""
-    state, _, measured = step_of("balanced", 1).run(steps=STEPS, rate=5e-3, rows="fresh")
+    state, _, measured = step_of("balanced", 1).run(steps=STEPS, rate=0.004, rows="fresh")
     first, last = measured[0], measured[-1]
     assert first["drift"] < 1e-9
     assert first["corrected_error"] < 1e-9
     assert last["drift"] > 0.01
-    assert last["corrected_error"] < 0.5 * last["drift"]
+    assert last["corrected_error"] < 0.3 * last["drift"]
     early = np.mean([m["loss"] for m in measured[:10]])
-    assert np.mean([m["loss"] for m in measured[-10:]]) < 0.8 * early
+    assert np.mean([m["loss"] for m in measured[-10:]]) < 0.95 * early
     for number, of_step in enumerate(measured):
         assert of_step["known_share"] == 0
         assert of_step["cache_age"] == number  # written at step 0
