@@ -116,7 +116,7 @@ def read(embeddings: Array, scale: Array | None) -> Array:
 
     Returns:
       [..., D] float32, cut off from differentiation: a cached row is data, never a function of
-      the parameters (METHOD section 2, step 5).
+      the parameters (docs/method.md, 2, step 5).
     """
     rows = jax.lax.stop_gradient(embeddings).astype(jnp.float32)
     return rows if scale is None else rows * jax.lax.stop_gradient(scale)[..., None]

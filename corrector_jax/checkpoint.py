@@ -31,7 +31,7 @@ class Position:
       seconds: wall-clock seconds of the run, earlier parts included.
       train_seconds: of those, in the training steps.
       cache: which snapshot of the cache the state was trained on.
-      ledger: targets encoded, by purpose (METHOD section 7).
+      ledger: targets encoded, by purpose (docs/method.md, 7).
     """
 
     step: int = 0

@@ -1,4 +1,4 @@
-"""Task-loss estimators and drift losses (METHOD sections 4 and 5).
+"""Task-loss estimators and drift losses (docs/method.md, 4 and 5).
 
 Every estimator approximates, from a few candidates, the loss over all N targets
 

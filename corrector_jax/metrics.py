@@ -39,7 +39,7 @@ def means(measured: dict[str, Mean]) -> dict[str, float]:
 
 
 def relative_error(estimate: Array, fresh: Array, weight: Array) -> Mean:
-    """|estimate - fresh|^2 / |fresh|^2 as a ratio of sums (METHOD section 7).
+    """|estimate - fresh|^2 / |fresh|^2 as a ratio of sums (docs/method.md, 7).
 
     Args:
       estimate: [P, D] float32; C[y] gives the drift, h(C[y]) the corrected error.

@@ -24,7 +24,7 @@ class Gated(NamedTuple):
 
     Attributes:
       params: Psi.
-      gate: scalar float32, 1 = h, 0 = the identity (warm-up, METHOD section 5).
+      gate: scalar float32, 1 = h, 0 = the identity (warm-up, docs/method.md, 5).
     """
 
     params: PyTree

@@ -58,7 +58,7 @@ def task_optimizer(
 
 
 def corrector_optimizer(*, peak: float, warmup: int) -> optax.GradientTransformation:
-    """Adam with a linear ramp from 0 (METHOD section 5).
+    """Adam with a linear ramp from 0 (docs/method.md, 5).
 
     Without the ramp the first update alone moves h further than the drift it is to correct.
 

@@ -14,7 +14,7 @@ from corrector_jax.types import Array
 
 
 def is_due(step: int, *, policy: str, every: int) -> bool:
-    """Whether the cache is refreshed before training step `step` (METHOD section 6).
+    """Whether the cache is refreshed before training step `step` (docs/method.md, 6).
 
     Args:
       step: steps done so far.

@@ -28,7 +28,7 @@ class Pairs:
 
 @struct.dataclass
 class CorrectorState:
-    """Everything that is reset when the cache is refreshed (METHOD section 2).
+    """Everything that is reset when the cache is refreshed (docs/method.md, 2).
 
     Attributes:
       params: Psi.

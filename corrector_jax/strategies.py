@@ -1,4 +1,4 @@
-"""Strategies: one word for how negatives are chosen and how the cache lives (METHOD section 8).
+"""Strategies: one word for how negatives are chosen and how the cache lives (docs/method.md, 8).
 
 A strategy is a value that sets defaults. To add one, add a line to `STRATEGIES`; only a new
 proposal, corrector or refresh policy needs code, in `negatives`, `models/corrector` or `refresh`.

@@ -38,7 +38,7 @@ def draw_two_level(
 ) -> Draws:
     """m independent draws a query from P_h^-, with exact log Z^- and log-probabilities.
 
-    Two levels (METHOD section 3): a block by Gumbel-max over its masked log-sum-exp, then a row
+    Two levels (docs/method.md, 3): a block by Gumbel-max over its masked log-sum-exp, then a row
     within the winning block. No noise per element, no top-k, nothing of size B x N. The draws are
     the same on every mesh.
 

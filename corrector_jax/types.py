@@ -42,7 +42,7 @@ class Batch(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """What every proposal returns (METHOD section 3).
+    """What every proposal returns (docs/method.md, 3).
 
     Attributes:
       ids: [B, m] int32, rows of the drawn targets; 0 where not valid.

@@ -1,4 +1,4 @@
-"""What the tests hold the package against: METHOD sections 1 to 5 written down in NumPy float64.
+"""What the tests hold the package against: docs/method.md, 1 to 5 written down in NumPy float64.
 
 Nothing here looks at how the package computes. Below the formulas stand `Free`, the smallest dual
 encoder (its embeddings are its parameters), and `jit`, which compiles a test's programs quickly.
@@ -56,12 +56,12 @@ def is_known(known: np.ndarray, size: int) -> np.ndarray:
 
 
 def linear(params, rows: np.ndarray) -> np.ndarray:
-    """c + W c + b of METHOD section 5, W = kernel^T."""
+    """c + W c + b of docs/method.md, 5, W = kernel^T."""
     return rows + rows @ f64(params["kernel"]) + f64(params["bias"])
 
 
 def mlp(params, rows: np.ndarray, *, normalize: bool) -> np.ndarray:
-    """c + W2 gelu(W1 c + b1) + b2 of METHOD section 5."""
+    """c + W2 gelu(W1 c + b1) + b2 of docs/method.md, 5."""
     inner, outer = params["inner"], params["outer"]
     x = rows @ f64(inner["kernel"]) + f64(inner["bias"])
     x = 0.5 * x * (1 + erf(x / np.sqrt(2)))
@@ -152,9 +152,7 @@ def row_numbers(size: int, place, *, block_rows: int) -> TargetTokens:
     return TargetTokens(ids=place.put_rows(ids[:, None]), size=size, fingerprint="")
 
 
-def batch_of(
-    known: list[list[int]], *, width: int = 3, valid: list[bool] | None = None
-) -> Batch:
+def batch_of(known: list[list[int]], *, width: int = 3, valid: list[bool] | None = None) -> Batch:
     """A batch of the queries 0, 1, ... of `Free`; the first known positive is the labelled one."""
     table = np.array([rows + [-1] * (width - len(rows)) for rows in known], np.int32)
     number = np.arange(len(known), dtype=np.int32)

@@ -65,7 +65,7 @@ def example(shared, *, batch=3, draws=4, size=30, seed=0):
 
 
 def by_definition(name, positive, pool, log_z, draws):
-    """METHOD section 4, one query and one candidate at a time."""
+    """docs/method.md, 4, one query and one candidate at a time."""
     found = []
     for i, s_plus in enumerate(oracle.f64(positive)):
         ids = np.broadcast_to(pool.ids, pool.scores.shape)[i]

@@ -1,6 +1,6 @@
 """The target corrector network h(.; Psi): a stale embedding in, an estimate of the fresh one out.
 
-Every corrector is a residual map that starts as the identity (METHOD section 5). Besides `apply`,
+Every corrector is a residual map that starts as the identity (docs/method.md, 5). Besides `apply`,
 each says how to score queries against many stale rows at the least cost: `fold` moves what it can
 from the N rows to the B queries, `lift` is what is left to do per row, and
 

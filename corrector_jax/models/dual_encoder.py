@@ -1,4 +1,4 @@
-"""The two encoders f and g of the method: queries and targets to vectors (METHOD section 1)."""
+"""The two encoders f and g of the method: queries and targets to vectors (docs/method.md, 1)."""
 
 from __future__ import annotations
 

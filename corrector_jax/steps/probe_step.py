@@ -33,7 +33,7 @@ def probe_step(
     corrector: Corrector,
     place: Placement,
 ) -> tuple[TrainState, dict[str, Mean]]:
-    """Measures stale and corrected against fresh on a fixed sample (METHOD section 7).
+    """Measures stale and corrected against fresh on a fixed sample (docs/method.md, 7).
 
     Args:
       state: the training state; donate it.

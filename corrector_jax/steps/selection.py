@@ -185,7 +185,7 @@ def drift_loss(
     mse_weight: float,
     kl_weight: float,
 ) -> DriftLoss:
-    """The drift loss of this step (METHOD section 5): MSE, KL over the task loss's pool, or both.
+    """The drift loss of this step (docs/method.md, 5): MSE, KL over the task loss's pool, or both.
 
     Args:
       queries: [B, D] float32; cut off from differentiation.

@@ -1,4 +1,4 @@
-"""One training step: what the method does, in order (METHOD section 2)."""
+"""One training step: what the method does, in order (docs/method.md, 2)."""
 
 from __future__ import annotations
 

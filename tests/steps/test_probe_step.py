@@ -87,9 +87,7 @@ def test_measures_what_section_7_names(devices):
     ):
         logits = BETA * oracle.f64(queries) @ rows.T
         relative = ((rows - fresh64) ** 2).sum() / (fresh64**2).sum()
-        overlap = np.mean(
-            [len(a & b) / 10 for a, b in zip(top(scores), top(logits), strict=True)]
-        )
+        overlap = np.mean([len(a & b) / 10 for a, b in zip(top(scores), top(logits), strict=True)])
         assert measured[error] == pytest.approx(relative, rel=1e-4)
         assert measured[f"kl_{name}"] == pytest.approx(oracle.kl(scores, logits).mean(), rel=1e-3)
         assert measured[f"overlap_{name}"] == pytest.approx(overlap)

@@ -225,9 +225,7 @@ def test_uniform_pairs():
 def test_metrics_of_the_draws():
     found, _ = chosen()
     w = world()
-    measured = means(
-        selection.draw_metrics(w["params"]["queries"], found, BATCH, beta=BETA)
-    )
+    measured = means(selection.draw_metrics(w["params"]["queries"], found, BATCH, beta=BETA))
     corrected = oracle.f64(CORRECTOR.apply(w["psi"].params, jnp.asarray(w["stale"]), 1.0))
     logits, _, _ = oracle.proposal(w["params"]["queries"], corrected, BATCH.known, BETA)
     fresh = BETA * oracle.f64(w["params"]["queries"]) @ w["params"]["targets"].T
@@ -237,9 +235,7 @@ def test_metrics_of_the_draws():
     ids = found.draws.ids.copy()
     ids[0, 0], ids[3, 0] = 1, 6  # the second belongs to a padded query
     wrong = found.replace(draws=found.draws._replace(ids=ids))
-    measured = means(
-        selection.draw_metrics(w["params"]["queries"], wrong, BATCH, beta=BETA)
-    )
+    measured = means(selection.draw_metrics(w["params"]["queries"], wrong, BATCH, beta=BETA))
     assert measured["known_share"] == pytest.approx(1 / (3 * DRAWS))
 
 
@@ -316,5 +312,3 @@ def test_pairs_of_a_batch_of_padding_change_nothing():
     nothing = some_pairs(1).replace(weight=jnp.zeros(ROWS))
     after = update(state, nothing)
     close((after.params, after.opt_state), (state.params, state.opt_state))
-
-
