@@ -37,9 +37,13 @@ GAPS = (0.0, 0.95, 1.93)
 DRAWS = 8
 DRAWS_OF_BALANCED = (4, 8, 16, 32)
 SEED = 0
-GROUPS, KEYS = 32, 512
+GROUPS, KEYS = 32, 1024
 """Groups for the jackknife, and keys in each."""
 RESULTS = Path(__file__).parent / "results" / "estimator_bias.json"
+
+
+Sums = tuple[tuple[Array, Array], Array]
+"""The summed error of a gradient (queries, targets), and its summed square."""
 
 
 class World(NamedTuple):
@@ -104,7 +108,7 @@ def estimate(
 @functools.partial(jax.jit, static_argnames=("name", "shared", "draws"))
 def sums(
     world: World, exact: tuple[Array, Array], keys: Array, *, name: str, shared: bool, draws: int
-) -> tuple[tuple[Array, Array], Array]:
+) -> Sums:
     """Over one group of keys: the summed error of the gradient, and its summed square."""
     # Draws by inversion: the problem is small, and Gumbel noise for all targets takes far longer.
     weight = jax.nn.softmax(jnp.where(world.known, -jnp.inf, world.logits))
@@ -116,7 +120,7 @@ def sums(
         found = jax.grad(estimate, (0, 1))(world.queries, world.targets, world, ids, name, shared)
         return jax.tree.map(jnp.subtract, found, exact)
 
-    def step(total: tuple[tuple[Array, Array], Array], key: Array) -> tuple:
+    def step(total: Sums, key: Array) -> tuple[Sums, None]:
         gap = error(key)
         square = sum(jnp.sum(jnp.square(leaf)) for leaf in gap)
         return (jax.tree.map(jnp.add, total[0], gap), total[1] + square), None
@@ -183,7 +187,7 @@ def main() -> None:
     print("\n`balanced` with an exact corrector:\n")
     print("| m | B m | bias | falls by |\n|---|---|---|---|")
     for before, row in zip([None, *growth], growth, strict=False):
-        falls = f"{before['bias'] / row['bias']:.2f}" if before else ""
+        falls = f"{before['bias'] / row['bias']:.2f}" if before and row["bias"] else ""
         cell = f"{row['bias']:.5f} ± {row['bias_error']:.5f}"
         print(f"| {row['draws']} | {QUERIES * row['draws']} | {cell} | {falls} |")
     problem = {

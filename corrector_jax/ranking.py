@@ -32,11 +32,11 @@ class Judged(Protocol):
 
     @property
     def positives(self) -> Sequence[np.ndarray]:
-        """Q arrays of target rows, the known positives of each query."""
+        """Q arrays [n] of target rows, the known positives of each query."""
 
     @property
     def grades(self) -> Sequence[np.ndarray]:
-        """Q arrays of whole numbers, how relevant each known positive is."""
+        """Q arrays [n] of whole numbers, how relevant each known positive is."""
 
 
 class Ranking(NamedTuple):

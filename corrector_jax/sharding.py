@@ -109,5 +109,5 @@ def make_placement(devices: int = 0) -> Placement:
 
 
 def local_start(rows: int) -> jax.Array:
-    """Inside `per_device`: the global row number of this device's first of `rows` rows."""
+    """Inside `per_device`: the global number, a scalar, of this device's first row of `rows`."""
     return jax.lax.axis_index(AXIS) * rows

@@ -105,7 +105,7 @@ class Bert(nn.Module):
 
 @jax.custom_jvp
 def gelu(x: Array) -> Array:
-    """The exact gelu, x Phi(x), of any shape and float dtype, with its derivative written out.
+    """The exact gelu, x Phi(x), of [...] of any float dtype, with its derivative written out.
 
     jax 0.12 cannot differentiate erf inside `jax.shard_map` (its polynomials have no rule for
     values that vary over the mesh).

@@ -117,7 +117,7 @@ def train_step(
       state: the training state; donate it.
       cache: the cache, split by row; donate it. None for strategies without one.
       tokens: the token table, static.
-      batch: B queries with their positives.
+      batch: queries [B, T] with their positives [B] and all known positives [B, K].
       key: this step's key.
       model: the dual encoder.
       method: the strategy.

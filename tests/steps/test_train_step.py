@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from typing import ClassVar
@@ -251,7 +252,7 @@ def test_a_padded_query_changes_nothing(name, shared, positives):
     params, psi, cache, tokens = free_world(corrected=False)
     rng = np.random.default_rng(3)
     batch = oracle.batch_of(KNOWN, valid=[True, True, True, False])
-    logits, log_z, log_prob = oracle.proposal(
+    _logits, log_z, log_prob = oracle.proposal(
         params["queries"], params["targets"], batch.known, BETA
     )
     ids = np.stack([rng.choice(SIZE, DRAWS, p=np.exp(p)) for p in log_prob]).astype(np.int32)
@@ -557,7 +558,7 @@ def test_the_optimizer_of_the_package_serves_the_step():
         optax.constant_schedule(0.1), clip=1.0, weight_decay=0.0, accumulate=2
     )
     corrector_tx = optimizer.corrector_optimizer(peak=1e-2, warmup=2)
-    params, psi, cache, tokens = free_world(corrected=False)
+    params, _psi, cache, tokens = free_world(corrected=False)
     place, batch = make_placement(1), oracle.batch_of(KNOWN)
     method = free_method(losses.weighted)
     of_corrector = init_corrector(jax.random.key(0), corrector=Mlp(), tx=corrector_tx, dim=DIM)
@@ -572,7 +573,7 @@ def test_the_optimizer_of_the_package_serves_the_step():
     states = [init_state(params, of_corrector, tx=tx)]
     for number in range(4):
         states.append(step(states[-1], jax.random.key(number))[0])
-    moves = [not equal(a.params, b.params) for a, b in zip(states, states[1:], strict=False)]
+    moves = [not equal(a.params, b.params) for a, b in itertools.pairwise(states)]
     assert moves == [False, True, False, True]
     of_psi = [s.corrector.params for s in states]
-    assert not any(equal(a, b) for a, b in zip(of_psi, of_psi[1:], strict=False))
+    assert not any(equal(a, b) for a, b in itertools.pairwise(of_psi))
