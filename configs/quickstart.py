@@ -21,6 +21,8 @@ def get_config() -> ConfigDict:
     c.corrector.probe_every = 15
     c.corrector.probe_targets = 512
     c.corrector.probe_queries = 128
+    c.eval.every = 15
+    c.eval.corpus = "corrected"  # costs no encodes
     c.eval.full_encoder = True
     c.checkpoint.every = 20
     return c

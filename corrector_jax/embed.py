@@ -158,11 +158,7 @@ def cached_blocks(
     Yields:
       As `Embedder.blocks`.
     """
-
-    @jax.jit
-    def corrected(cache: TargetCache, psi: Gated, ids: Array) -> Array:
-        return corrector.apply(psi.params, caches.take(cache, ids, place), psi.gate)
-
+    corrected = _jit_corrected(corrector, place)
     for part in id_blocks(ids, place.pad(block)):
         placed = place.put_everywhere(part)
         yield placed, corrected(cache, psi, placed)
@@ -175,3 +171,11 @@ def id_blocks(ids: np.ndarray, block: int) -> Iterator[np.ndarray]:
         held = ids[at : at + block]
         part[: len(held)] = held
         yield part
+
+
+@functools.cache
+def _jit_corrected(corrector: Corrector, place: Placement) -> Callable[..., Array]:
+    def corrected(cache: TargetCache, psi: Gated, ids: Array) -> Array:
+        return corrector.apply(psi.params, caches.take(cache, ids, place), psi.gate)
+
+    return place.jit_step(corrected, place.everywhere)

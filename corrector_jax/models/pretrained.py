@@ -87,8 +87,8 @@ def bert_params(tensors: Mapping[str, np.ndarray], config: BertConfig) -> PyTree
     beyond the first `config.num_layers`.
 
     Args:
-      tensors: name -> array of any float dtype, matrices [out, in]; names may start with "bert." or "model.", and
-        layer norms may be called gamma and beta, as in the first conversions.
+      tensors: name -> array of any float dtype, matrices [out, in]; names may start with "bert." or
+        "model.", and layer norms may be called gamma and beta, as in the first conversions.
       config: the sizes.
 
     Returns:
