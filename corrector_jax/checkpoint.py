@@ -30,6 +30,8 @@ class Position:
       step: training steps done.
       seconds: wall-clock seconds of the run, earlier parts included.
       train_seconds: of those, in the training steps.
+      metrics: bytes of metrics.jsonl; what is beyond them belongs to steps that are lost.
+      data: fingerprint of the targets, queries and judgements trained on.
       cache: which snapshot of the cache the state was trained on.
       ledger: targets encoded, by purpose (docs/method.md, 7).
     """
@@ -37,6 +39,8 @@ class Position:
     step: int = 0
     seconds: float = 0.0
     train_seconds: float = 0.0
+    metrics: int = 0
+    data: str = ""
     cache: dict[str, Any] | None = None
     ledger: dict[str, int] = dataclasses.field(
         default_factory=lambda: dict.fromkeys(
@@ -54,11 +58,20 @@ class Checkpoints:
         Args:
           workdir: the run's folder.
           keep: how many checkpoints to keep, newest first.
+
+        Raises:
+          UserError: the folder cannot be written.
         """
         self._caches = workdir.absolute() / "cache"
+        folder = workdir.absolute() / "checkpoints"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--workdir={workdir} cannot be written ({error.strerror}): name a folder that can"
+            ) from error
         self._manager = ocp.CheckpointManager(
-            workdir.absolute() / "checkpoints",
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+            folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep)
         )
 
     def latest(self) -> int | None:
@@ -72,6 +85,9 @@ class Checkpoints:
           state: the training state.
           position: everything else that resuming needs; its step names the checkpoint.
         """
+        # Dropped while everything listed is whole: the step being written is listed too.
+        self._manager.wait_until_finished()
+        self._drop_unused_caches()
         self._manager.save(
             position.step,
             args=ocp.args.Composite(
@@ -79,7 +95,11 @@ class Checkpoints:
                 position=ocp.args.JsonSave(dataclasses.asdict(position)),
             ),
         )
-        self._drop_unused_caches()
+
+    def position(self, step: int) -> Position:
+        """The position of a checkpoint, without its state."""
+        args = ocp.args.Composite(position=ocp.args.JsonRestore())
+        return Position(**self._manager.restore(step, args=args)["position"])
 
     def resume(
         self, state: PyTree, cache: TargetCache | None, *, step: int
@@ -116,9 +136,13 @@ class Checkpoints:
           step: the step before which it was made.
 
         Returns:
-          The reference that `restore_cache` takes: step and digest.
+          The reference that `restore_cache` takes: step, rows with padding, and digest.
         """
-        reference = {"step": step, "digest": digest(cache)}
+        reference = {
+            "step": step,
+            "rows": cache.embeddings.shape[0],
+            "digest": digest(cache),
+        }
         path = self._caches / str(step)
         if path.exists():
             shutil.rmtree(path)  # left by a run that was cut off before it could refer to it
@@ -137,13 +161,19 @@ class Checkpoints:
           The cache, placed as `like` is.
 
         Raises:
-          UserError: it is missing, or is not the one that was saved.
+          UserError: it is missing, of another mesh, or not the one that was saved.
         """
         path = self._caches / str(reference["step"])
         if not path.exists():
             raise UserError(
                 f"{path} is missing, the cache snapshot the checkpoint was trained on: put it back "
                 "or start anew in another --workdir"
+            )
+        if like.embeddings.shape[0] != reference["rows"]:
+            raise UserError(
+                f"{path} was saved on another number of devices ({reference['rows']} rows with "
+                f"padding there, {like.embeddings.shape[0]} here): set --config.mesh.devices to "
+                "the number the run began with"
             )
         with ocp.StandardCheckpointer() as saver:
             cache: TargetCache = saver.restore(path, _abstract(like))
@@ -166,11 +196,11 @@ class Checkpoints:
         """Removes snapshots that no kept checkpoint refers to; the newest always stays."""
         if not self._caches.exists():
             return
-        # The checkpoints kept are not older than the oldest step still listed, and a checkpoint
-        # refers to the last snapshot at or before its own step.
+        # A refresh before step t comes after the checkpoint of step t was saved, so a checkpoint
+        # refers to the last snapshot of an earlier step than its own (or to the first).
         steps = sorted(int(path.name) for path in self._caches.iterdir() if path.name.isdigit())
         oldest = min(self._manager.all_steps(), default=0)
-        needed = max((s for s in steps if s <= oldest), default=0)
+        needed = max((s for s in steps if s < oldest), default=0)
         for step in steps:
             if step < needed:
                 shutil.rmtree(self._caches / str(step))

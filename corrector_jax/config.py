@@ -19,6 +19,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "strategy": tuple(STRATEGIES),
     "data.eval_split": ("auto", "dev", "test"),
     "model.pooling": ("", "mean", "cls"),
+    "model.normalize": ("", "yes", "no"),
     "model.dtype": ("float32", "bfloat16"),
     "cache.dtype": ("float32", "bfloat16"),
     "corrector.kind": ("", "identity", "linear", "mlp"),
@@ -57,9 +58,9 @@ def default() -> ConfigDict:
     c.model = ConfigDict()
     c.model.weights = "all-MiniLM-L6-v2"  # folder, hub id, or "random"
     c.model.tokenizer = "all-MiniLM-L6-v2"  # only where weights are random: whose tokenizer
-    c.model.layers = 0  # keep the first k layers; 0 = all
+    c.model.layers = 0  # keep the first k layers; 0 = all (random weights: 2)
     c.model.pooling = ""  # mean | cls; empty = as the weights say
-    c.model.normalize = True  # unit vectors
+    c.model.normalize = ""  # unit vectors: yes | no; empty = as the weights say
     c.model.shared_towers = True  # one encoder for queries and targets, or one each
     c.model.beta = 20.0  # inverse temperature: logits are beta <f(x), g(y)>
     c.model.dtype = "float32"  # compute dtype; parameters are float32
@@ -80,7 +81,7 @@ def default() -> ConfigDict:
     c.corrector.loss = "mse"  # mse | kl | both
     c.corrector.kl_weight = 0.0  # lambda of "both": MSE + lambda KL
     c.corrector.uniform_rows = 0  # uniform targets encoded per step for the drift loss
-    c.corrector.probe_every = 100  # steps between probes, which open the gate; 0 = only at the end
+    c.corrector.probe_every = 100  # steps between probes, which open the gate
     c.corrector.probe_targets = 1024
     c.corrector.probe_queries = 256
 
@@ -111,7 +112,7 @@ def default() -> ConfigDict:
     c.eval.corpus = "full"  # those evaluations rank: full | sample | corrected
     c.eval.sample_targets = 4096  # uniform targets beside the judged ones, for "sample"
     c.eval.batch_size = 128  # targets embedded at once, over all devices
-    c.eval.top_k = 100
+    c.eval.top_k = 100  # results kept per query; recall@100 needs 100
     c.eval.bm25 = True  # BM25 on the same queries
     c.eval.full_encoder = False  # also the untouched encoder with all its layers
 
@@ -164,6 +165,16 @@ def validate(config: ConfigDict) -> None:
         raise UserError(
             f"config.eval.corpus is 'corrected' but strategy {config.strategy!r} has no cache to "
             "rank: write 'full' or 'sample'"
+        )
+    if config.strategy == "in_batch" and config.train.batch_size < 2:
+        raise UserError(
+            "config.train.batch_size is 1 but the negatives of 'in_batch' are the other queries' "
+            "positives: write 2 or more"
+        )
+    if config.eval.full_encoder and config.model.weights == "random":
+        raise UserError(
+            "config.eval.full_encoder compares with published weights but config.model.weights is "
+            "'random': write False"
         )
     tile = config.cache.tile_rows
     if tile < config.negatives.block_rows:
@@ -286,7 +297,7 @@ _LEAST = {
     "eval.every": 0,
     "eval.sample_targets": 1,
     "eval.batch_size": 1,
-    "eval.top_k": 1,
+    "eval.top_k": 100,
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
     "log.every": 1,
@@ -324,7 +335,20 @@ def _validate_strategy(config: ConfigDict) -> None:
 
 
 def _validate_corrector(config: ConfigDict) -> None:
-    corrector = config.corrector
+    corrector, words = config.corrector, chosen(config)
+    if words["corrector"] != "identity":
+        life = config.refresh.every if words["refresh"] == "every" else config.train.steps
+        if not 0 < corrector.probe_every < life:
+            raise UserError(
+                f"config.corrector.probe_every is {corrector.probe_every} but a snapshot of the "
+                f"cache lives {life} steps, so the corrector would never be used: write 1 to "
+                f"{life - 1}"
+            )
+    if corrector.loss == "kl" and corrector.uniform_rows:
+        raise UserError(
+            f"config.corrector.uniform_rows is {corrector.uniform_rows} but loss 'kl' reads only "
+            "the task's candidates: write 0 or --config.corrector.loss=both"
+        )
     if corrector.loss == "both" and not corrector.kl_weight > 0:
         raise UserError(
             "config.corrector.loss is 'both' (MSE + lambda KL) but lambda is not set: write "

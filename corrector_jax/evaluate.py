@@ -11,15 +11,17 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from corrector_jax import config as configs
 from corrector_jax.cache import TargetCache
-from corrector_jax.checkpoint import Checkpoints
+from corrector_jax.checkpoint import Checkpoints, Position
 from corrector_jax.embed import Consumer, Embedder, cached_blocks, go_over
 from corrector_jax.job import Job, full_encoder, make_job
 from corrector_jax.negatives import Gated
 from corrector_jax.ranking import Measured, Ranking, bm25, measure, write_trec
 from corrector_jax.sharding import Placement
+from corrector_jax.state import TrainState
 from corrector_jax.steps.eval_step import Best, Gap, gap_step, search_step
 from corrector_jax.steps.train_step import Method
 from corrector_jax.types import Array, PyTree, UserError
@@ -241,17 +243,14 @@ def evaluate_run(workdir: Path, *, name: str = "") -> Path:
     """
     if name in ("before", "after", "bm25", "pretrained") or "/" in name:
         raise UserError(f"--name is {name!r}, which names a part of the run itself: write another")
-    saved = workdir / "config.json"
-    if not saved.exists():
-        raise UserError(f"{workdir} holds no config.json: --workdir must be the folder of a run")
-    config = configs.from_json(saved.read_text())
+    config = saved_config(workdir)
     with Checkpoints(workdir) as checkpoints:
         step = checkpoints.latest()
         if step is None:
             raise UserError(f"{workdir} holds no checkpoint to evaluate: train there first")
         job = make_job(config)
         empty = job.empty_cache() if job.uses_cache else None
-        state, cache, _ = checkpoints.resume(job.init_state(), empty, step=step)
+        state, cache, _ = resume(job, checkpoints, job.init_state(), empty, step)
     split = job.final_split
     result = evaluate(
         job, state.params, step=step, splits=[split], cache=cache, psi=state.corrector.gated
@@ -263,6 +262,46 @@ def evaluate_run(workdir: Path, *, name: str = "") -> Path:
     path = workdir / "eval" / f"{name}.json"
     say(f"{split} of {job.data.name} at step {step:,}: {path}")
     return path
+
+
+def saved_config(workdir: Path) -> ConfigDict:
+    """The configuration a workdir was made with.
+
+    Raises:
+      UserError: there is none.
+    """
+    saved = workdir / "config.json"
+    if not saved.is_file():
+        raise UserError(f"{workdir} holds no config.json: --workdir must be the folder of a run")
+    return configs.from_json(saved.read_text())
+
+
+def resume(
+    job: Job, checkpoints: Checkpoints, state: TrainState, cache: TargetCache | None, step: int
+) -> tuple[TrainState, TargetCache | None, Position]:
+    """Reads a checkpoint of this very job.
+
+    Args:
+      job: the job.
+      checkpoints: of its workdir.
+      state: a state of the right shapes.
+      cache: a cache of the right shape, or None.
+      step: which checkpoint.
+
+    Returns:
+      The state, the cache and the position.
+
+    Raises:
+      UserError: the data is no longer what the run was trained on, or the cache's snapshot is
+        missing, damaged, or of another mesh.
+    """
+    data = checkpoints.position(step).data
+    if data != job.fingerprint:
+        raise UserError(
+            f"the run was trained on other data than {job.data.name} holds now (texts, queries or "
+            "judgements changed): put them back or start anew in another --workdir"
+        )
+    return checkpoints.resume(state, cache, step=step)
 
 
 def references(job: Job, workdir: Path) -> int:

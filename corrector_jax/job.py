@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 from typing import Any
 
 import jax
@@ -91,6 +93,17 @@ class Job:
         """Whether the strategy reads cached embeddings."""
         return isinstance(self.method.proposal, TwoLevel)
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hex digest of all that is trained on: token table, query tokens, judgements."""
+        digest = hashlib.sha256(self.tokens.fingerprint.encode())
+        for name, split in sorted(self.data.splits.items()):
+            digest.update(f"{name} {self.query_tokens[name].shape}".encode())
+            digest.update(np.ascontiguousarray(self.query_tokens[name]).tobytes())
+            digest.update(self.data.known_positives(name).tobytes())
+            digest.update("\n".join(split.query_ids).encode())
+        return digest.hexdigest()
+
     def init_corrector(self, step: int) -> CorrectorState:
         """A corrector at the identity, for the snapshot made before step `step`."""
         return init_corrector(
@@ -147,15 +160,15 @@ def make_job(config: ConfigDict) -> Job:
     )
     final_split = dataset.eval_split(data, config.data.eval_split)
     if "train" not in data.splits:
-        raise UserError(f"{data.name} has no train split to train on: add qrels/train.tsv")
+        raise UserError(
+            f"{data.name} has no train split to train on: add qrels/train.tsv, or raise "
+            "config.data.max_targets if it is set"
+        )
     say(_describe(data))
-    tokenizer, bert, encoder_params, source, pooling = _encoder(config)
-    encoder = Encoder(
-        config=bert,
-        pooling=config.model.pooling or pooling,
-        normalize=config.model.normalize,
-        dtype=config.model.dtype,
-    )
+    if "dev" not in data.splits:
+        say(f"no dev split: evaluations during training and the probe use {final_split}")
+    tokenizer, encoder, encoder_params, source = _encoder(config)
+    bert = encoder.config
     model = DualEncoder(encoder, shared=config.model.shared_towers)
     tokens, lengths = _token_table(config, data, tokenizer, bert, place)
     query_tokens = {
@@ -189,7 +202,7 @@ def make_job(config: ConfigDict) -> Job:
         encoder_source=source,
         encoder_params=encoder_params,
         model=model,
-        method=_method(config, tokens.size, place),
+        method=_method(config, tokens.size, encoder.normalize, place),
         learning_rate=learning_rate,
         tx=optimizer.task_optimizer(
             learning_rate,
@@ -214,16 +227,18 @@ def full_encoder(job: Job) -> tuple[Embedder, PyTree]:
     """
     files = weights.find(job.config.model.weights)
     bert = pretrained.bert_config(files.config)
-    encoder = Encoder(
-        config=bert, pooling=job.model.encoder.pooling, normalize=job.config.model.normalize
-    )
-    model = DualEncoder(encoder)
+    config = dataclasses.replace(bert, pad_id=job.model.encoder.config.pad_id)
+    model = DualEncoder(job.model.encoder.clone(config=config))
     params = model.from_encoder_params(pretrained.bert_params(files.tensors, bert))
     embedder = dataclasses.replace(job.embedder, model=model)
     return embedder, job.place.put_everywhere(params)
 
 
 def _placement(config: ConfigDict) -> Placement:
+    if jax.process_count() > 1:
+        raise UserError(
+            "this version runs in one process: start it on one host, with all of its devices"
+        )
     available = jax.device_count()
     if config.mesh.devices > available:
         raise UserError(
@@ -231,18 +246,18 @@ def _placement(config: ConfigDict) -> Placement:
             f"{jax.devices()[0].platform} device(s): write {available} or less, or 0 for all"
         )
     place = make_placement(config.mesh.devices)
-    for key in ("train.batch_size",):
-        if configs.get(config, key) % place.num_devices:
-            raise UserError(
-                f"config.{key} is {configs.get(config, key)}, which {place.num_devices} devices "
-                f"cannot share evenly: write a multiple of {place.num_devices}"
-            )
+    if config.train.batch_size % place.num_devices:
+        raise UserError(
+            f"config.train.batch_size is {config.train.batch_size}, which {place.num_devices} "
+            f"devices cannot share evenly: write a multiple of {place.num_devices}"
+        )
     return place
 
 
-def _encoder(config: ConfigDict) -> tuple[tokenize.TextTokenizer, BertConfig, PyTree, str, str]:
-    """Tokenizer, sizes, one tower's parameters (None = random), source, pooling."""
+def _encoder(config: ConfigDict) -> tuple[tokenize.TextTokenizer, Encoder, PyTree, str]:
+    """Tokenizer, tower, one tower's parameters (None = random), and where they came from."""
     model = config.model
+    params, source, pooling, normalize = None, "random weights", "mean", True
     if model.weights == "random":
         tokenizer = tokenize.TextTokenizer(weights.find_tokenizer(model.tokenizer))
         bert = BertConfig(
@@ -252,14 +267,26 @@ def _encoder(config: ConfigDict) -> tuple[tokenize.TextTokenizer, BertConfig, Py
             num_heads=model.heads,
             intermediate_size=model.intermediate,
             max_positions=max(config.data.query_max_len, config.data.target_max_len),
-            pad_id=tokenizer.pad_id,
         )
-        return tokenizer, bert, None, "random weights", "mean"
-    files = weights.find(model.weights)
-    bert = pretrained.bert_config(files.config, layers=model.layers)
-    params = pretrained.bert_params(files.tensors, bert)
-    tokenizer = tokenize.TextTokenizer(files.tokenizer_json)
-    return tokenizer, bert, params, files.source, files.pooling
+    else:
+        files = weights.find(model.weights)
+        tokenizer = tokenize.TextTokenizer(files.tokenizer_json)
+        bert = pretrained.bert_config(files.config, layers=model.layers)
+        params = pretrained.bert_params(files.tensors, bert)
+        source, pooling, normalize = files.source, files.pooling, files.normalize
+        if tokenizer.vocab_size > bert.vocab_size:
+            raise UserError(
+                f"{model.weights}: the tokenizer has {tokenizer.vocab_size} tokens but the encoder "
+                f"{bert.vocab_size}: give tokenizer and weights of one model"
+            )
+    encoder = Encoder(
+        # The table is padded with the tokenizer's id, whatever config.json says.
+        config=dataclasses.replace(bert, pad_id=tokenizer.pad_id),
+        pooling=model.pooling or pooling,
+        normalize={"": normalize, "yes": True, "no": False}[model.normalize],
+        dtype=model.dtype,
+    )
+    return tokenizer, encoder, params, source
 
 
 def _token_table(
@@ -313,10 +340,10 @@ def _width(table: np.ndarray, pad_id: int) -> int:
     return min(table.shape[1], -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
 
 
-def _method(config: ConfigDict, size: int, place: Placement) -> Method:
+def _method(config: ConfigDict, size: int, normalize: bool, place: Placement) -> Method:
     words = configs.chosen(config)
     corrector = correctors.make(
-        words["corrector"], hidden=config.corrector.hidden, normalize=config.model.normalize
+        words["corrector"], hidden=config.corrector.hidden, normalize=normalize
     )
     draws = config.negatives.draws
     proposal: Proposal

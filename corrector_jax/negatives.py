@@ -107,8 +107,8 @@ class Uniform:
         batch = known.shape[0]
         left = self.size - (known >= 0).sum(axis=1)
         ids = jax.random.randint(key, (batch, self.draws), 0, jnp.maximum(left, 1)[:, None])
-        for column in jnp.sort(jnp.where(known < 0, self.size, known), axis=1).T:
-            ids = ids + (ids >= column[:, None])
+        ordered = jnp.sort(jnp.where(known < 0, self.size, known), axis=1)
+        ids, _ = jax.lax.scan(lambda i, k: (i + (i >= k[:, None]), None), ids, ordered.T)
         valid = jnp.broadcast_to((left > 0)[:, None], ids.shape)
         log_prob = -jnp.log(jnp.maximum(left, 1).astype(jnp.float32))[:, None]
         return Draws(

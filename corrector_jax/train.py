@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,14 @@ from corrector_jax.cache import TargetCache
 from corrector_jax.checkpoint import Checkpoints, Position
 from corrector_jax.data import order
 from corrector_jax.embed import go_over
-from corrector_jax.evaluate import Evaluated, evaluate, references, write
+from corrector_jax.evaluate import (
+    Evaluated,
+    evaluate,
+    references,
+    resume,
+    saved_config,
+    write,
+)
 from corrector_jax.job import Job, make_job
 from corrector_jax.metrics import means
 from corrector_jax.refresh import CacheWriter, is_due
@@ -32,7 +40,7 @@ from corrector_jax.results import finish
 from corrector_jax.state import TrainState
 from corrector_jax.steps.probe_step import probe_step
 from corrector_jax.steps.train_step import train_step
-from corrector_jax.types import Batch, UserError
+from corrector_jax.types import Batch
 from corrector_jax.writer import StepLog, Writer, progress, replace, say
 
 
@@ -71,19 +79,25 @@ def train(config: ConfigDict, workdir: Path, *, started: float) -> Path:
     Raises:
       UserError: the workdir holds another run, or data, weights and configuration do not fit.
     """
-    open_workdir(config, workdir)
-    job = make_job(config)
     with Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints:
-        state = job.init_state()
-        cache = job.empty_cache() if job.uses_cache else None
-        position = Position()
         latest = checkpoints.latest()
         if latest is not None:
-            state, cache, position = checkpoints.resume(state, cache, step=latest)
+            configs.refuse_other_run(config, saved_config(workdir), str(workdir))
+        job = make_job(config)
+        replace(workdir / "config.json", configs.to_json(config))
+        state = job.init_state()
+        cache = job.empty_cache() if job.uses_cache else None
+        position = Position(data=job.fingerprint)
+        if latest is not None:
+            state, cache, position = resume(job, checkpoints, state, cache, latest)
             say(f"resumed {workdir} at step {latest:,}")
         started -= position.seconds
         with Writer(
-            workdir, step=position.step, started=started, tensorboard=config.log.tensorboard
+            workdir,
+            step=position.step,
+            size=position.metrics,
+            started=started,
+            tensorboard=config.log.tensorboard,
         ) as writer:
             run = Run(job, workdir, writer, checkpoints, position, started)
             if latest is None:
@@ -110,7 +124,15 @@ def loop(
     job, config, position = run.job, run.job.config, run.position
     step_fn, probe_fn = compile_steps(job)
     refresh = configs.chosen(config)["refresh"]
-    log = StepLog(run.writer, every=config.log.every, batch_size=config.train.batch_size)
+    # All at once: computed in the loop, each would queue behind the step and wait for it.
+    updates = np.arange(config.train.steps // config.train.accumulate)
+    rates = np.asarray(jax.vmap(job.learning_rate)(updates))
+    log = StepLog(
+        run.writer,
+        every=config.log.every,
+        batch_size=config.train.batch_size,
+        seconds=position.train_seconds,
+    )
     with progress("training", config.train.steps, "steps", done=position.step) as advance:
         for step in range(position.step, config.train.steps):
             if cache is not None and is_due(step, policy=refresh, every=config.refresh.every):
@@ -127,13 +149,13 @@ def loop(
             position.ledger["encoded_with_grad"] += job.encoded_per_step
             position.ledger["encoded_without_grad"] += job.method.uniform_rows
             # Reads the metrics of the step before, while this one runs.
-            rate = float(job.learning_rate(step // config.train.accumulate))
+            rate = float(rates[step // config.train.accumulate])
             note = log.add(position.step, measured, {"learning_rate": rate}, position.train_seconds)
             last = position.step == config.train.steps
             evaluates = config.eval.every and position.step % config.eval.every == 0 and not last
             saves = last or position.step % config.checkpoint.every == 0
             if evaluates or saves:
-                note = log.flush()
+                note = log.flush(write=True)
             position.train_seconds += time.monotonic() - entered
             advance(1, note)
             if evaluates:
@@ -146,28 +168,8 @@ def loop(
 def save(run: Run, state: TrainState) -> None:
     """Starts saving a checkpoint."""
     run.position.seconds = time.monotonic() - run.started
+    run.position.metrics = run.writer.size()
     run.checkpoints.save(state, run.position)
-
-
-def open_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Makes the workdir and its config.json, or checks that it holds this very run.
-
-    Args:
-      config: validated.
-      workdir: the run's folder.
-
-    Raises:
-      UserError: it holds another run, or cannot be written.
-    """
-    saved = workdir / "config.json"
-    if saved.is_file():
-        configs.refuse_other_run(config, configs.from_json(saved.read_text()), str(workdir))
-    try:
-        replace(saved, configs.to_json(config))
-    except OSError as error:
-        raise UserError(
-            f"--workdir={workdir} cannot be written ({error.strerror}): name a folder that can"
-        ) from error
 
 
 def compile_steps(job: Job) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -223,6 +225,7 @@ def before(run: Run, state: TrainState, cache: TargetCache | None) -> TargetCach
       The filled cache.
     """
     job, position = run.job, run.position
+    shutil.rmtree(run.workdir / "eval", ignore_errors=True)  # of a run that never got to step 0
     position.ledger["evaluation"] += references(job, run.workdir)
     fill = [] if cache is None else [CacheWriter(cache, step=0, place=job.place)]
     result = evaluate(
@@ -261,9 +264,12 @@ def refresh_cache(
 
 def is_probe_due(run: Run) -> bool:
     """Whether the probe is due; right after a snapshot there is nothing to measure."""
-    step, every = run.position.step, run.job.config.corrector.probe_every
-    snapshot = run.position.cache
-    return bool(every and step % every == 0 and snapshot is not None and snapshot["step"] < step)
+    every, snapshot = run.job.config.corrector.probe_every, run.position.cache
+    if not every or snapshot is None:
+        return False
+    # Counted from the snapshot: a refresh that falls on a probe must not leave the gate closed.
+    age = run.position.step - snapshot["step"]
+    return bool(age > 0 and age % every == 0)
 
 
 def probe(

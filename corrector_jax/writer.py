@@ -26,20 +26,21 @@ class Writer:
     """
 
     def __init__(
-        self, workdir: Path, *, step: int, started: float, tensorboard: bool = True
+        self, workdir: Path, *, step: int, size: int, started: float, tensorboard: bool = True
     ) -> None:
-        """Opens the files; rows of steps that are about to be done again are dropped.
+        """Opens the files; rows written after the checkpoint that is resumed are dropped.
 
         Args:
           workdir: where metrics.jsonl and the events go.
-          step: steps done by the checkpoint that is resumed.
+          step: steps done by the checkpoint that is resumed; 0 = a new run.
+          size: bytes of metrics.jsonl at that checkpoint.
           started: when the run began, by `time.monotonic()`.
           tensorboard: whether to write events too.
         """
         self._path = workdir / "metrics.jsonl"
-        kept = [line for line in _lines(self._path) if json.loads(line)["step"] <= step]
-        replace(self._path, "".join(kept))
-        self._file = self._path.open("a")
+        self._file = self._path.open("ab")
+        if self._file.tell() > size:
+            self._file.truncate(size)
         self._events = None
         if tensorboard:
             from tensorboardX import SummaryWriter
@@ -57,12 +58,16 @@ class Writer:
         row: dict[str, Any] = {"step": step, "seconds": round(time.monotonic() - self._started, 3)}
         for name, value in values.items():
             row[name] = float(f"{value:.6g}") if np.isfinite(value) else None
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(json.dumps(row).encode() + b"\n")
         self._file.flush()
         if self._events is not None:
             for name, value in values.items():
                 # TensorBoard allows no "@" in a name.
                 self._events.add_scalar(name.replace("@", "_at_"), value, step)
+
+    def size(self) -> int:
+        """Bytes of metrics.jsonl so far."""
+        return self._file.tell()
 
     def __enter__(self) -> Writer:
         return self
@@ -79,19 +84,22 @@ class StepLog:
     Rows are means over `every` steps; the note for the progress line is of the last step read.
     """
 
-    def __init__(self, writer: Writer, *, every: int, batch_size: int) -> None:
+    def __init__(
+        self, writer: Writer, *, every: int, batch_size: int, seconds: float = 0.0
+    ) -> None:
         """Starts with nothing held.
 
         Args:
           writer: gets the rows.
           every: steps of a row.
           batch_size: B, for examples per second.
+          seconds: spent in training steps before this process.
         """
         self._writer, self._every, self._batch = writer, every, batch_size
         self._held: tuple[int, dict[str, Mean], dict[str, float]] | None = None
         self._sums: dict[str, Mean] = {}
         self._steps, self._note = 0, ""
-        self._seconds = self._counted = 0.0
+        self._seconds = self._counted = seconds
 
     def add(
         self, step: int, measured: dict[str, Mean], values: dict[str, float], seconds: float
@@ -111,8 +119,15 @@ class StepLog:
         self._held, self._seconds = (step, measured, values), seconds
         return note
 
-    def flush(self) -> str:
-        """Reads what is held, waiting for it; returns a note on it."""
+    def flush(self, *, write: bool = False) -> str:
+        """Reads what is held, waiting for it.
+
+        Args:
+          write: ends the row here, so that nothing is lost with a checkpoint.
+
+        Returns:
+          A note on the last step read.
+        """
         if self._held is None:
             return self._note
         step, measured, values = self._held
@@ -128,7 +143,7 @@ class StepLog:
             for name in ("loss", "drift", "corrected_error")
             if name in now
         )
-        if step % self._every == 0:
+        if write or step % self._every == 0:
             rate = self._steps * self._batch / max(self._seconds - self._counted, 1e-9)
             row = {**means(self._sums), **values, "examples_per_second": rate}
             self._writer.scalars(step, {f"train/{name}": value for name, value in row.items()})
@@ -201,14 +216,6 @@ def replace(path: Path, content: str | bytes) -> None:
     beside = path.with_name(f".{path.name}.tmp")
     beside.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(beside, path)
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """The whole lines of a file that may end in the middle of one."""
-    if path.exists():
-        for line in path.read_text().splitlines(keepends=True):
-            if line.endswith("\n"):
-                yield line
 
 
 def _clock(seconds: float) -> str:

@@ -44,8 +44,21 @@ def test_every_shipped_configuration_is_valid(path):
         ({"corrector__kl_weight": 0.5}, "config.corrector.kl_weight"),
         ({"corrector__loss": "kl", "loss__estimator": "single"}, "config.corrector.loss"),
         ({"corrector__loss": "kl", "corrector__updates": 2}, "config.corrector.updates"),
+        ({"corrector__probe_every": 0}, "config.corrector.probe_every is 0"),
+        ({"refresh__every": 100}, "config.corrector.probe_every is 100 but a snapshot"),
+        ({"corrector__loss": "kl", "corrector__uniform_rows": 4}, "config.corrector.uniform_rows"),
+        ({"strategy": "in_batch", "train__batch_size": 1}, "config.train.batch_size is 1"),
+        ({"model__weights": "random", "eval__full_encoder": True}, "config.eval.full_encoder"),
         ({"cache__tile_rows": 8}, "config.cache.tile_rows is 8"),
-        ({"train__steps": 7, "train__warmup": 0, "train__accumulate": 2}, "multiple"),
+        (
+            {
+                "train__steps": 7,
+                "train__warmup": 0,
+                "train__accumulate": 2,
+                "corrector__probe_every": 2,
+            },
+            "multiple",
+        ),
     ],
 )
 def test_impossible_and_contradictory_values_are_refused_by_key(changes, said):

@@ -206,11 +206,14 @@ def test_far_ends_of_the_range(problem):
 def test_draws_are_independent():
     """One query 16 times over: any two of its draws are equal as often as independent ones."""
     rng = np.random.default_rng(3)
-    copies, draws, keys = 16, 16, 60
+    copies, draws, keys = 32, 8, 60
     queries = np.repeat(oracle.unit(rng, 1, DIM), copies, axis=0)
     rows, known = oracle.unit(rng, 61, DIM), np.full((copies, 1), -1, np.int32)
     ids = np.stack(
-        [draw(queries, rows, known, beta=5, seed=s, block_rows=8).ids for s in range(keys)]
+        [
+            draw(queries, rows, known, beta=5, seed=seed, draws=draws, block_rows=8).ids
+            for seed in range(keys)
+        ]
     )  # [keys, copies, draws]
     p = np.exp(oracle.proposal(queries[:1], rows, known[:1], 5)[2][0])
     equal = (p**2).sum()
@@ -227,6 +230,10 @@ def test_draws_are_independent():
     assert meet(ids[:, :, :half], ids[:, :, half:]) < 4  # other draws of the same query
     assert meet(ids[:, : copies // 2], ids[:, copies // 2 :]) < 4  # the same draw of others
     assert meet(ids[: keys // 2], ids[keys // 2 :]) < 4  # the same place under other keys
+    # Noise that blocks and rows shared would show where draw, block and row have one number.
+    same, chance = ids == 9 * np.arange(draws), np.append(p, np.zeros(3))[9 * np.arange(draws)]
+    spread = np.sqrt((chance * (1 - chance)).sum() / (keys * copies))
+    assert abs((same.mean(axis=(0, 1)) - chance).sum()) < 4 * spread
     # Within a draw, the row says nothing about the block.
     block, row = ids.ravel() // 8, ids.ravel() % 8
     for b in range(7):

@@ -129,6 +129,25 @@ def test_a_refresh_makes_the_cache_fresh_and_resets_the_corrector(folder):
     assert int(state.corrector.opt_state[0].count) == 1
 
 
+def test_probes_are_counted_from_the_snapshot(folder):
+    """A refresh that falls on a probe must not keep the gate closed for good."""
+    config = tiny.config(folder, refresh__every=4, corrector__probe_every=2, eval__bm25=False)
+    run(config, folder / "probes")
+    probed = [row["step"] for row in rows(folder / "probes") if "probe/gate" in row]
+    assert probed == [2, 6]
+
+
+def test_a_snapshot_is_kept_as_long_as_a_checkpoint_refers_to_it(folder):
+    config = tiny.config(
+        folder, refresh__every=4, train__steps=8, checkpoint__every=4, checkpoint__keep=1
+    )
+    run(config, folder / "kept")
+    job = make_job(config)
+    with Checkpoints(folder / "kept") as checkpoints:
+        _, _, position = checkpoints.resume(job.init_state(), job.empty_cache(), step=8)
+    assert position.cache["step"] == 4  # a refresh before step 8 would come after its checkpoint
+
+
 def test_four_steps_killed_and_resumed_equal_eight_bit_for_bit(folder, corrected):
     config, workdir = tiny.config(folder), folder / "killed"
     script = f"""
@@ -163,6 +182,11 @@ train.train(tiny.config(pathlib.Path({str(folder)!r})), pathlib.Path({str(workdi
     ]
     assert len(losses[0]) == 8
     assert losses[0] == losses[1]
+    kinds = [
+        [(row["step"], *sorted(set(row) - {"seconds"})) for row in rows(where)]
+        for where in (workdir, corrected)
+    ]
+    assert kinds[0] == kinds[1]  # no row is lost, none is there twice
     ledgers = [
         json.loads((where / "results.json").read_text())["ledger"] for where in (workdir, corrected)
     ]
@@ -171,10 +195,12 @@ train.train(tiny.config(pathlib.Path({str(folder)!r})), pathlib.Path({str(workdi
 
 def test_a_finished_run_is_not_trained_again(folder, corrected):
     before = final_state(tiny.config(folder), corrected)
+    written = len(rows(corrected))
     results = run(tiny.config(folder), corrected)
     assert results["steps"] == 8
     assert results["ledger"]["encoded_with_grad"] == 8 * 8 * 4
     assert final_state(tiny.config(folder), corrected) == before
+    assert len(rows(corrected)) == written
 
 
 def test_another_configuration_is_refused_and_nothing_is_lost(folder, corrected):
@@ -183,6 +209,25 @@ def test_another_configuration_is_refused_and_nothing_is_lost(folder, corrected)
         with pytest.raises(UserError, match=key.replace("__", ".")):
             run(tiny.config(folder, **{key: value}), corrected)
     assert {path: path.read_bytes() for path in corrected.glob("*.json*")} == kept
+
+
+def test_a_first_wrong_try_does_not_lock_the_workdir(folder):
+    wrong = tiny.config(folder, data__path=str(folder / "typo"))
+    with pytest.raises(UserError, match="typo"):
+        run(wrong, folder / "retried")
+    config = tiny.config(folder, train__steps=4, eval__bm25=False)
+    assert run(config, folder / "retried")["steps"] == 4
+
+
+def test_data_that_changed_is_refused(folder, tmp_path):
+    data = tiny.write_data(tmp_path / "data")
+    config = tiny.config(folder, data__path=str(data), train__steps=4, eval__bm25=False)
+    run(config, tmp_path / "run")
+    corpus = (data / "corpus.jsonl").read_text().splitlines(keepends=True)
+    corpus[3] = corpus[4].replace('"t4"', '"t3"')
+    (data / "corpus.jsonl").write_text("".join(corpus))
+    with pytest.raises(UserError, match="other data"):
+        run(config, tmp_path / "run")
 
 
 def test_what_does_not_shape_the_state_may_differ_and_steps_may_grow(folder):

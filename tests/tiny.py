@@ -79,7 +79,6 @@ def overrides(folder: Path) -> dict[str, object]:
         "train.batch_size": 8,
         "train.learning_rate": 1e-2,
         "eval.batch_size": 16,
-        "eval.top_k": 50,
         "checkpoint.every": 4,
         "log.every": 1,
         "log.tensorboard": False,

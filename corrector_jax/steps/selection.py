@@ -187,6 +187,8 @@ def drift_loss(
 ) -> DriftLoss:
     """The drift loss of this step (docs/method.md, 5): MSE, KL over the task loss's pool, or both.
 
+    The KL keeps duplicate candidates, each as often as it was drawn.
+
     Args:
       queries: [B, D] float32; cut off from differentiation.
       chosen: positives and draws, with their stale rows.
