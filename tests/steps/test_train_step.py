@@ -544,6 +544,24 @@ def test_a_closed_gate_hides_psi_from_selection_and_an_open_one_does_not():
     assert not equal(state.params, opened.params)
 
 
+def test_the_key_decides_what_is_drawn():
+    step = step_of("balanced", 1)
+    drawn = []
+    for number in (0, 0, 1):
+        state, cache = step.start()
+        state, _, _ = step.compiled(
+            state, cache, step.tokens, step.batch(0), step.key(number), step.number(0)
+        )
+        stale = np.asarray(state.corrector.ring.stale[-1])
+        drawn.append((stale[:-EXTRA].reshape(BATCH, 1 + DRAWS, 16), stale[-EXTRA:]))
+    for own, of_drift in (drawn[0], drawn[2]):
+        assert np.array_equal(own[:, 0], snapshots()["stale"][step.batch(0).positive])
+        assert len(np.unique(of_drift, axis=0)) > 1
+    assert equal(drawn[0], drawn[1])
+    assert (drawn[0][0][:, 1:] != drawn[2][0][:, 1:]).mean() > 0.5
+    assert (drawn[0][1] != drawn[2][1]).mean() > 0.5
+
+
 def test_the_cache_is_returned_as_it_was():
     """Fresh rows are not written back: h maps one snapshot to now."""
     step = step_of("balanced", 8)
