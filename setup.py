@@ -23,12 +23,22 @@ REQUIRED = [
     "tensorflow-datasets>=4.9.10",
     "tokenizers>=0.23",
     "tqdm>=4.70",
+    "universal-pathlib>=0.3.10",
 ]
 
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "gpu": ["jax[cuda13]"],
-    "dev": ["import-linter>=2.16", "mypy>=2.4", "pytest>=9.2", "ruff>=0.17"],
+    "gcs": ["gcsfs>=2026.9"],  # --workdir=gs://...
+    "dev": [
+        "gcp-storage-emulator>=2026.7.19",
+        "gcsfs>=2026.9",
+        "hypothesis>=6.150",
+        "import-linter>=2.16",
+        "mypy>=2.4",
+        "pytest>=9.2",
+        "ruff>=0.17",
+    ],
 }
 
 setup(

@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from corrector_jax import config as configs
+from corrector_jax import paths
 from corrector_jax.cache import TargetCache
 from corrector_jax.checkpoint import Checkpoints, Position
 from corrector_jax.embed import Consumer, Embedder, cached_blocks, go_over
@@ -25,7 +26,7 @@ from corrector_jax.state import TrainState
 from corrector_jax.steps.eval_step import Best, Gap, gap_step, search_step
 from corrector_jax.steps.train_step import Method
 from corrector_jax.types import Array, PyTree, UserError
-from corrector_jax.writer import progress, replace, say
+from corrector_jax.writer import progress, say
 
 
 class Search:
@@ -224,7 +225,7 @@ def write(
     split = job.data.splits[record["split"]]
     (workdir / "runs").mkdir(exist_ok=True)
     write_trec(workdir / record["run"], split, found, job.data.target_ids, name)
-    replace(workdir / "eval" / f"{name}.json", json.dumps(record) + "\n")
+    paths.write(workdir / "eval" / f"{name}.json", json.dumps(record) + "\n")
     return record
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from corrector_jax import paths
 from corrector_jax.checkpoint import Position
 from corrector_jax.job import Job
 from corrector_jax.ranking import METRICS, paired_bootstrap, read_trec
 from corrector_jax.report.page import write_report
 from corrector_jax.report.words import summary_table
-from corrector_jax.writer import replace, say
+from corrector_jax.writer import say
 
 EXAMPLES = 5
 """Queries whose results before and after are shown in the report."""
@@ -35,7 +36,7 @@ def finish(job: Job, workdir: Path, position: Position, started: float) -> Path:
     Returns:
       The path of report.html.
     """
-    replace(workdir / "examples.json", json.dumps(examples(job, workdir)) + "\n")
+    paths.write(workdir / "examples.json", json.dumps(examples(job, workdir)) + "\n")
     summary = results(job, workdir, position)
     # The report shows wall_seconds up to itself; results.json then counts the report too.
     stamp(summary, workdir, started)
@@ -49,7 +50,7 @@ def finish(job: Job, workdir: Path, position: Position, started: float) -> Path:
 def stamp(summary: dict[str, Any], workdir: Path, started: float) -> None:
     """Writes results.json with the wall-clock seconds up to now."""
     summary["wall_seconds"] = round(time.monotonic() - started, 1)
-    replace(workdir / "results.json", json.dumps(summary, indent=2) + "\n")
+    paths.write(workdir / "results.json", json.dumps(summary, indent=2) + "\n")
 
 
 def results(job: Job, workdir: Path, position: Position) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from corrector_jax import config as configs
-from corrector_jax import rng
+from corrector_jax import paths, rng
 from corrector_jax.cache import TargetCache
 from corrector_jax.checkpoint import Checkpoints, Position
 from corrector_jax.data import order
@@ -41,7 +41,7 @@ from corrector_jax.state import TrainState
 from corrector_jax.steps.probe_step import probe_step
 from corrector_jax.steps.train_step import train_step
 from corrector_jax.types import Batch
-from corrector_jax.writer import StepLog, Writer, progress, replace, say
+from corrector_jax.writer import StepLog, Writer, progress, say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ def train(config: ConfigDict, workdir: Path, *, started: float) -> Path:
         if latest is not None:
             configs.refuse_other_run(config, saved_config(workdir), str(workdir))
         job = make_job(config)
-        replace(workdir / "config.json", configs.to_json(config))
+        paths.write(workdir / "config.json", configs.to_json(config))
         state = job.init_state()
         cache = job.empty_cache() if job.uses_cache else None
         position = Position(data=job.fingerprint)

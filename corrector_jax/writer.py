@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -203,19 +202,6 @@ def progress(label: str, total: int, unit: str, done: int = 0) -> Iterator[Calla
 
 
 _EVERY_SECONDS = 10.0
-
-
-def replace(path: Path, content: str | bytes) -> None:
-    """Writes a file whole or not at all: beside it first, then over it.
-
-    Args:
-      path: the file; folders that are missing on the way to it are made.
-      content: what it holds from now on; a text is written as UTF-8.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(beside, path)
 
 
 def _clock(seconds: float) -> str:

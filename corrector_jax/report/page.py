@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from corrector_jax import paths
 from corrector_jax.ranking import METRICS
 from corrector_jax.report.plots import DARK, LIGHT, PLOTS, Plot, png
 from corrector_jax.report.words import (
@@ -30,7 +31,6 @@ from corrector_jax.report.words import (
     signed,
 )
 from corrector_jax.types import UserError
-from corrector_jax.writer import replace
 
 # (key in results["ledger"], words in the table).
 _LEDGER = (
@@ -68,11 +68,11 @@ def write_report(workdir: Path) -> Path:
     figures = []
     for plot in PLOTS:
         light, dark = (png(plot.draw(series, results, theme)) for theme in (LIGHT, DARK))
-        replace(workdir / "plots" / f"{plot.name}.png", light)
+        paths.write(workdir / "plots" / f"{plot.name}.png", light)
         figures.append(_figure_html(plot, light, dark))
     page = _page(results, config, examples, figures, unreadable)
     path = workdir / "report.html"
-    replace(path, page.encode("utf-8", errors="replace"))
+    paths.write(path, page.encode("utf-8", errors="replace"))
     return path
 
 
