@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -29,13 +30,19 @@ def run(config, workdir: Path) -> dict:
 
 def final_state(config, workdir: Path) -> dict[str, bytes]:
     """Every leaf of the last checkpoint and its cache, as bytes."""
-    job = make_job(config)
-    checkpoints = Checkpoints(workdir)
-    step = checkpoints.latest()
-    cache = job.empty_cache() if job.uses_cache else None
-    state, cache, _ = checkpoints.resume(job.init_state(), cache, step=step)
+    state, cache, _ = saved(config, workdir)
     leaves, _ = jax.tree_util.tree_flatten_with_path((state, cache))
     return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
+
+
+def saved(config, workdir: Path):
+    """State, cache and position of the last checkpoint."""
+    job = make_job(config)
+    cache = job.empty_cache() if job.uses_cache else None
+    with Checkpoints.readable(workdir) as checkpoints:
+        return checkpoints.resume(
+            job.init_state(), cache, data=job.fingerprint, made_by=job.made_by
+        )
 
 
 def rows(workdir: Path) -> list[dict]:
@@ -119,9 +126,7 @@ def test_every_strategy_runs_and_says_what_it_cost(folder, strategy, passes, cha
 def test_a_refresh_makes_the_cache_fresh_and_resets_the_corrector(folder):
     config = tiny.config(folder, refresh__every=4, train__steps=5, checkpoint__every=5)
     run(config, folder / "reset")
-    job = make_job(config)
-    checkpoints = Checkpoints(folder / "reset")
-    state, cache, position = checkpoints.resume(job.init_state(), job.empty_cache(), step=5)
+    state, cache, position = saved(config, folder / "reset")
     assert position.cache["step"] == 4
     assert set(np.asarray(cache.written_at)[: cache.size]) == {4}
     assert float(state.corrector.gate) == 0.0
@@ -142,9 +147,7 @@ def test_a_snapshot_is_kept_as_long_as_a_checkpoint_refers_to_it(folder):
         folder, refresh__every=4, train__steps=8, checkpoint__every=4, checkpoint__keep=1
     )
     run(config, folder / "kept")
-    job = make_job(config)
-    with Checkpoints(folder / "kept") as checkpoints:
-        _, _, position = checkpoints.resume(job.init_state(), job.empty_cache(), step=8)
+    _, _, position = saved(config, folder / "kept")
     assert position.cache["step"] == 4  # a refresh before step 8 would come after its checkpoint
 
 
@@ -170,7 +173,8 @@ train.train(tiny.config(pathlib.Path({str(folder)!r})), pathlib.Path({str(workdi
     )
     assert process.returncode == -9, process.stderr.decode()
     assert not (workdir / "results.json").exists()
-    assert Checkpoints(workdir).latest() == 4
+    with Checkpoints.readable(workdir) as checkpoints:
+        assert checkpoints.steps()[-1] == 4
     run(config, workdir)
     assert final_state(config, workdir) == final_state(config, corrected)
     for name in ("before", "after"):
@@ -243,14 +247,17 @@ def test_what_does_not_shape_the_state_may_differ_and_steps_may_grow(folder):
 def test_a_missing_or_damaged_cache_snapshot_is_refused(folder):
     workdir = folder / "damaged"
     run(tiny.config(folder, eval__bm25=False), workdir)
-    (workdir / "cache" / "0").rename(workdir / "cache" / "gone")
-    with pytest.raises(UserError, match=r"cache.0 is missing"):
+    (workdir / "cache" / "0").rename(workdir / "gone")
+    with pytest.raises(UserError, match=r"cache.0.manifest.json cannot be read"):
         run(tiny.config(folder), workdir)
     job = make_job(tiny.config(folder))
-    other = Checkpoints(workdir)
-    other.save_cache(job.empty_cache(), step=0)
-    with pytest.raises(UserError, match="digest"):
+    with Checkpoints.writable(workdir) as other:
+        other.save_cache(job.empty_cache(), step=0, made_by=job.made_by)
+    with pytest.raises(UserError, match="not the one its checkpoint was saved with"):
         run(tiny.config(folder), workdir)
+    shutil.rmtree(workdir / "cache" / "0")
+    (workdir / "gone").rename(workdir / "cache" / "0")  # nothing was thrown away meanwhile
+    assert run(tiny.config(folder), workdir)["steps"] == 8
 
 
 def test_evaluation_during_training_ranks_what_it_was_told_to(folder):
