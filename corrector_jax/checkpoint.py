@@ -12,9 +12,11 @@ step that is listed is whole.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -75,13 +77,13 @@ class Checkpoints:
         self._folder = workdir / "checkpoints"
         self._caches = workdir / "cache"
         self._snapshots: dict[int, int | None] = {}
-        options = ocp.CheckpointManagerOptions(
-            read_only=policy is None,
-            create=False,
-            preservation_policy=policy,
-            cleanup_tmp_directories=policy is not None,
-        )
         with _quiet():
+            options = ocp.CheckpointManagerOptions(
+                read_only=policy is None,
+                create=False,
+                preservation_policy=policy,
+                cleanup_tmp_directories=policy is not None,
+            )
             self._manager = ocp.CheckpointManager(str(self._folder), options=options)
 
     @classmethod
@@ -352,14 +354,14 @@ class Checkpoints:
         return restored, cache, position
 
     def _restore(self, step: int, args: ocp.args.Composite) -> Any:
-        try:
-            with _quiet():
+        with _quiet():
+            try:
                 return self._manager.restore(step, args=args)
-        except Exception as error:  # Orbax and TensorStore raise nothing more precise
-            words = " ".join(str(error).split())
-            raise DamagedError(
-                f"{self._folder / str(step)} cannot be read ({type(error).__name__}: {words[:200]})"
-            ) from error
+            except Exception as error:  # Orbax and TensorStore raise nothing more precise
+                problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            # Reads that failed beside it complain when they are collected: now, and unheard.
+            gc.collect()
+        raise DamagedError(f"{self._folder / str(step)} cannot be read ({problem})")
 
     def _compare(self, step: int, saved: dict[str, Any], found: dict[str, Any]) -> None:
         for path, leaf in saved.items():
@@ -407,9 +409,9 @@ class Checkpoints:
     def _writing(self) -> Iterator[None]:
         """Whatever goes wrong while saving, in one sentence that says what is still there."""
         try:
-            yield
-            if not self._folder.is_dir():
+            if not self._folder.is_dir():  # Orbax would make it anew, with nothing else in it
                 raise OSError(None, "the folder has vanished")
+            yield
         except UserError:
             raise
         except Exception as error:  # Orbax hands on what its threads raised, of any kind
@@ -447,11 +449,14 @@ def _quiet() -> Iterator[None]:
     """Keeps back what Orbax logs: pages around an error that is said in a sentence."""
     loggers = [logging.getLogger(name) for name in ("asyncio", "absl")]
     levels = [logger.level for logger in loggers]
+    hook = sys.unraisablehook
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL + 1)
+        sys.unraisablehook = lambda unraisable: None
         yield
     finally:
+        sys.unraisablehook = hook
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
