@@ -84,7 +84,13 @@ class Checkpoints:
                 preservation_policy=policy,
                 cleanup_tmp_directories=policy is not None,
             )
-            self._manager = ocp.CheckpointManager(str(self._folder), options=options)
+            handlers = {
+                "state": ocp.StandardCheckpointHandler(),
+                "position": ocp.JsonCheckpointHandler(),
+            }
+            self._manager = ocp.CheckpointManager(
+                str(self._folder), options=options, item_handlers=handlers
+            )
 
     @classmethod
     def writable(
@@ -295,8 +301,7 @@ class Checkpoints:
         position, leaves = self.read(step)
         size = 0
         try:
-            args = ocp.args.Composite(state=ocp.args.StandardRestore())
-            restored = self._restore(step, args)["state"]
+            restored = self._restore_here(step)
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(restored))
             self._compare(step, leaves, digest.leaves(restored))
             yield "state", size, ""
@@ -362,6 +367,21 @@ class Checkpoints:
             # Reads that failed beside it complain when they are collected: now, and unheard.
             gc.collect()
         raise DamagedError(f"{self._folder / str(step)} cannot be read ({problem})")
+
+    def _restore_here(self, step: int) -> PyTree:
+        """The state on one device, whatever it was saved on and without knowing its make."""
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        try:
+            with _quiet():
+                described = self._manager.item_metadata(step)["state"]
+            wanted = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), described
+            )
+        except Exception as error:  # as in `_restore`
+            raise DamagedError(f"{self._folder / str(step)} does not describe its state") from error
+        return self._restore(step, ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))[
+            "state"
+        ]
 
     def _compare(self, step: int, saved: dict[str, Any], found: dict[str, Any]) -> None:
         for path, leaf in saved.items():

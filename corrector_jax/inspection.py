@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from corrector_jax import snapshot
 from corrector_jax.checkpoint import Checkpoints
 from corrector_jax.evaluate import saved_config
@@ -56,8 +58,8 @@ def inspect_run(workdir: AnyPath) -> bool:
             f"cache {manifest['step']:>13,}  {_bytes(size):>9}  {manifest['size']:,} targets x "
             f"{manifest['dim']} {manifest['dtype']}{age}"
         )
-        for field, value in manifest["made_by"].items():
-            say(f"    {field:<10} {str(value)[:60]}")
+        made_by = manifest["made_by"].items()
+        say("    made by " + ", ".join(f"{field} {_short(value)}" for field, value in made_by))
     if newest is not None:
         hours = newest.seconds / 3600
         say(f"step {newest.step:,} after {hours:.2f} hours; targets encoded:")
@@ -76,6 +78,12 @@ def _numbered(folder: AnyPath) -> list[AnyPath]:
         return []
     found = [path for path in folder.iterdir() if path.name.split("-")[0].isdigit()]
     return sorted(found, key=lambda path: (int(path.name.split("-")[0]), path.name))
+
+
+def _short(value: object) -> str:
+    """A digest by its beginning, other values as they are."""
+    text = str(value)
+    return text[:12] if re.fullmatch("[0-9a-f]{64}", text) else repr(value)
 
 
 def _bytes(count: int) -> str:

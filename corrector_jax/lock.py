@@ -73,8 +73,8 @@ class Lock:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-            if self._read().get("token") == self._token:
-                self._path.unlink(missing_ok=True)
+        if self._read().get("token") == self._token:
+            self._path.unlink(missing_ok=True)
         if self._disk is not None:
             self._disk.release()
 
