@@ -429,7 +429,8 @@ class Checkpoints:
     def _writing(self) -> Iterator[None]:
         """Whatever goes wrong while saving, in one sentence that says what is still there."""
         try:
-            if not self._folder.is_dir():  # Orbax would make it anew, with nothing else in it
+            # Orbax would make it anew, with nothing else in it. An object store has no folders.
+            if paths.is_local(self._folder) and not self._folder.is_dir():
                 raise OSError(None, "the folder has vanished")
             yield
         except UserError:

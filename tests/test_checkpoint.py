@@ -17,6 +17,9 @@ from corrector_jax.checkpoint import Checkpoints, Position
 from corrector_jax.sharding import make_placement
 from corrector_jax.types import UserError
 
+# Reads that Orbax gave up are collected whenever Python likes, in whichever test that is.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 N, D = 23, 4
 MADE_BY = {"pooling": "mean"}
 
