@@ -27,6 +27,7 @@ from typing import Any
 
 from corrector_jax import paths
 from corrector_jax.checkpoint import Checkpoints
+from corrector_jax.paths import AnyPath
 from corrector_jax.preemption import EXIT_CODE
 from tests import tiny
 
@@ -169,9 +170,9 @@ def wait_until(
         time.sleep(0.002)
 
 
-def outcome(workdir: Path) -> dict[str, Any]:
+def outcome(workdir: AnyPath) -> dict[str, Any]:
     """Everything a run leaves, but for times."""
-    with Checkpoints.readable(paths.make(str(workdir))) as checkpoints:
+    with Checkpoints.readable(workdir) as checkpoints:
         step = checkpoints.steps()[-1]
         position, leaves = checkpoints.read(step)
         problems = [problem for _, _, problem in checkpoints.check(step) if problem]
@@ -191,7 +192,7 @@ def outcome(workdir: Path) -> dict[str, Any]:
         "results": results,
         "metrics.jsonl": rows,
     }
-    for path in sorted(workdir.glob("runs/*.trec")):
+    for path in sorted((workdir / "runs").iterdir(), key=str):
         found[path.name] = path.read_bytes()
     return found
 
