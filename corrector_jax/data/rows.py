@@ -15,8 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any, NamedTuple, Protocol, TypeVar
 
-from corrector_jax import paths
-from corrector_jax.data.dataset import SPLITS
+from corrector_jax.data.dataset import SPLITS, Refused
 from corrector_jax.paths import AnyPath
 from corrector_jax.types import UserError
 
@@ -32,6 +31,8 @@ _SPLIT_WORDS = {
     "dev": {"dev", "val", "valid", "validation"},
     "test": {"test"},
 }
+
+_PART = re.compile(r"-\d+-of-\d+\.")  # how the Hugging Face hub cuts a file up
 
 T = TypeVar("T")
 
@@ -126,11 +127,11 @@ class Rows:
           advance: told how many more bytes of files were read.
         """
         self.total = 0
-        self.refused: dict[str, str] = {}
+        self.refused: dict[str, Refused] = {}
         self._max_bad = max_bad
         self._advance = advance or (lambda count: None)
 
-    def refuse(self, where: str, error: UserError) -> None:
+    def refuse(self, where: str, error: UserError, kind: str = "malformed row") -> None:
         """Skips the row at `where`, or raises `error` where no more may be skipped."""
         if where in self.refused:
             return
@@ -141,7 +142,7 @@ class Rows:
                 f"{str(error).rstrip('.')} ({self._max_bad} bad row(s) above were skipped: raise "
                 "config.data.max_bad_rows to skip more)."
             ) from error
-        self.refused[where] = str(error)
+        self.refused[where] = Refused(kind, str(error))
 
     def lines(self, path: AnyPath) -> Iterator[tuple[str, str]]:
         """('file:line', content) of every line that is not blank.
@@ -177,6 +178,24 @@ class Rows:
                     at, before = raw.tell(), at
                     self._advance(at - before)
             self._advance(raw.tell() - at)
+
+    def whole(self, path: AnyPath) -> str:
+        """The text of a file that is one row.
+
+        Raises:
+          UserError: it cannot be read, is no UTF-8, or too long.
+        """
+        self.total += 1
+        with _opened(path) as (file, _):
+            content = _read(file, f"{path}:1")
+        self._advance(len(content))
+        if len(content) > MAX_ROW:
+            raise UserError(f"{path}:1: longer than {MAX_ROW // 2**20} MiB: break it up.")
+        try:
+            return content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            number = 1 + content.count(b"\n", 0, error.start)
+            raise UserError(f"{path}:{number}: not UTF-8: save it as UTF-8.") from None
 
     def records(self, path: AnyPath) -> Iterator[tuple[str, dict[str, Any]]]:
         """('file:line', object) of every object of a file: .parquet, .json or one a line.
@@ -437,22 +456,24 @@ def split_of(path: AnyPath) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def by_split(files: list[AnyPath]) -> dict[str, AnyPath]:
-    """Split -> its file, in the order train, dev, test; files that name no split are passed over.
+def by_split(files: list[AnyPath]) -> dict[str, tuple[AnyPath, ...]]:
+    """Split -> its files, in the order train, dev, test; files that name no split are passed over.
 
     Raises:
-      UserError: two files are of one split.
+      UserError: two files are of one split, and not parts as in `train-00000-of-00002.parquet`.
     """
-    found: dict[str, AnyPath] = {}
+    found: dict[str, list[AnyPath]] = {}
     for path in files:
         split = split_of(path)
-        if split in found:
-            raise UserError(
-                f"{found[split]} and {path.name} are both of the {split} split: remove one of them."
-            )
         if split:
-            found[split] = path
-    return {split: found[split] for split in SPLITS if split in found}
+            found.setdefault(split, []).append(path)
+    for split, of_split in found.items():
+        if len(of_split) > 1 and not all(_PART.search(plain_name(path)) for path in of_split):
+            raise UserError(
+                f"{of_split[0]} and {of_split[1].name} are both of the {split} split: remove one "
+                "of them."
+            )
+    return {split: tuple(found[split]) for split in SPLITS if split in found}
 
 
 @contextlib.contextmanager
@@ -523,18 +544,3 @@ def _loads(line: str) -> Any:
 
 def _brief(error: BaseException) -> str:
     return " ".join(str(error).split())[:120]
-
-
-def resolve(path: str) -> AnyPath:
-    """The source a user names.
-
-    Raises:
-      UserError: nothing is there.
-    """
-    found = paths.make(path)
-    if not found.exists():
-        raise UserError(
-            f"data.path={path!r} is not a folder or a file: write one that holds your data, or '' "
-            "for the embedded data."
-        )
-    return found

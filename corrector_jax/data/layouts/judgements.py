@@ -31,7 +31,7 @@ def read_queries(found: Iterable[tuple[str, str, str]], rows: Rows) -> dict[str,
     for where, name, text in found:
         if name in texts:
             error = f"{where}: the id {name!r} occurred before: write each id once."
-            rows.refuse(where, UserError(error))
+            rows.refuse(where, UserError(error), "duplicate id")
         else:
             texts[name] = text
     return texts
