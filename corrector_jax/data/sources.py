@@ -18,7 +18,9 @@ from corrector_jax.paths import AnyPath
 from corrector_jax.types import UserError
 from corrector_jax.writer import say
 
-LAYOUTS: dict[str, type[Any]] = {layout.layout: layout for layout in (Beir, MsMarco, *inline.ALL, TextFiles)}
+LAYOUTS: dict[str, type[Any]] = {
+    layout.layout: layout for layout in (Beir, MsMarco, *inline.ALL, TextFiles)
+}
 """Word of config.data.layout -> what reads it."""
 
 
