@@ -18,7 +18,7 @@ from corrector_jax.types import UserError
 WORDS: dict[str, tuple[str, ...]] = {
     "strategy": tuple(STRATEGIES),
     "data.layout": (
-        *("", "beir", "dpr", "tevatron", "flag_embedding", "columns", "msmarco", "fid"),
+        *("", "beir", "msmarco", "dpr", "tevatron", "flag_embedding", "fid", "columns"),
         "text_files",
     ),
     "data.eval_split": ("auto", "dev", "test"),
@@ -34,7 +34,10 @@ WORDS: dict[str, tuple[str, ...]] = {
     "eval.corpus": ("full", "sample", "corrected"),
 }
 
-FREE = ("eval", "log", "checkpoint", "embed", "search", "data.cache_dir", "data.max_bad_rows")
+FREE = (
+    *("eval", "log", "checkpoint", "embed", "search"),
+    *("data.layout", "data.cache_dir", "data.max_bad_rows"),
+)
 """Sections and keys that do not shape the training state: they may differ when a run is resumed."""
 
 
