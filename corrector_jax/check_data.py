@@ -6,7 +6,6 @@ import collections
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from corrector_jax import paths, weights
 from corrector_jax.data import sources
 from corrector_jax.data.dataset import RetrievalData, Split, stable_hash
 from corrector_jax.data.tokenize import TextTokenizer
+from corrector_jax.paths import AnyPath
 from corrector_jax.writer import say
 
 TOLERATED = 0.01
@@ -45,7 +45,7 @@ class Finding:
     examples: Sequence[str] = ()
 
 
-def check_data(config: ConfigDict, workdir: Path) -> bool:
+def check_data(config: ConfigDict, workdir: AnyPath) -> bool:
     """Reads the source a configuration names, prints what is in it and leaves check_data.json.
 
     Args:

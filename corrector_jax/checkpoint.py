@@ -1,25 +1,37 @@
-"""Checkpoints: the training state, and beside it the cache, saved once per refresh.
+"""Checkpoints: the training state, and beside it the cache, saved once per snapshot.
 
-    checkpoints/STEP/   state, and its position: step, ledger, seconds, which cache
-    cache/STEP/         one snapshot of the cache, referred to by step and digest
+    checkpoints/STEP/   state, and its position: step, ledger, seconds, which cache (Orbax)
+    cache/STEP/         one snapshot of the cache, referred to by step and sha256 (snapshot.py)
+    damaged/            checkpoints that turned out not to be what was saved, set aside
 
 A checkpoint never holds the cache: under `never` it would save the same gigabytes every time.
+Orbax commits a step with a rename on disks and with a marker file on object stores; either way a
+step that is listed is whole.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
-import shutil
-from pathlib import Path
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from corrector_jax import digest, paths, snapshot
 from corrector_jax.cache import TargetCache
+from corrector_jax.paths import AnyPath
+from corrector_jax.snapshot import DamagedError
 from corrector_jax.types import PyTree, UserError
+
+FORMAT = 1
 
 
 @dataclasses.dataclass
@@ -31,8 +43,12 @@ class Position:
       seconds: wall-clock seconds of the run, earlier parts included.
       train_seconds: of those, in the training steps.
       metrics: bytes of metrics.jsonl; what is beyond them belongs to steps that are lost.
+      log: the row of metrics.jsonl that is not full yet, as `writer.StepLog` keeps it.
+      evaluated: the last step after which dev was evaluated: a run stopped before an evaluation
+        that is due makes it when it goes on.
+      skipped: the steps whose loss or gradients were not finite, which changed nothing.
       data: fingerprint of the targets, queries and judgements trained on.
-      cache: which snapshot of the cache the state was trained on.
+      cache: which snapshot of the cache the state was trained on: its step and sha256.
       ledger: targets encoded, by purpose (docs/method.md, 7).
     """
 
@@ -40,6 +56,9 @@ class Position:
     seconds: float = 0.0
     train_seconds: float = 0.0
     metrics: int = 0
+    log: dict[str, Any] = dataclasses.field(default_factory=dict)
+    evaluated: int = 0
+    skipped: list[int] = dataclasses.field(default_factory=list)
     data: str = ""
     cache: dict[str, Any] | None = None
     ledger: dict[str, int] = dataclasses.field(
@@ -52,172 +71,423 @@ class Position:
 class Checkpoints:
     """The checkpoints of one workdir; saving is asynchronous and atomic."""
 
-    def __init__(self, workdir: Path, *, keep: int = 2) -> None:
-        """Opens the folder; what is there stays.
+    def __init__(self, workdir: AnyPath, policy: preservation_policy.PreservationPolicy | None):
+        """Opens the folder; use `writable` or `readable`."""
+        self._workdir = workdir
+        self._folder = workdir / "checkpoints"
+        self._caches = workdir / "cache"
+        self._snapshots: dict[int, int | None] = {}
+        with _quiet():
+            options = ocp.CheckpointManagerOptions(
+                read_only=policy is None,
+                create=False,
+                preservation_policy=policy,
+                cleanup_tmp_directories=policy is not None,
+            )
+            handlers = {
+                "state": ocp.StandardCheckpointHandler(),
+                "position": ocp.JsonCheckpointHandler(),
+            }
+            self._manager = ocp.CheckpointManager(
+                str(self._folder), options=options, item_handlers=handlers
+            )
+
+    @classmethod
+    def writable(
+        cls, workdir: AnyPath, *, keep: int = 2, keep_every: int = 0, keep_best: bool = False
+    ) -> Checkpoints:
+        """Opens a workdir to save in, and makes it if need be; what is there stays.
 
         Args:
-          workdir: the run's folder.
+          workdir: the run's folder: local or gs://.
           keep: how many checkpoints to keep, newest first.
+          keep_every: keep also those of every so many steps; 0 = none of them.
+          keep_best: keep also the one that was saved with the largest metric.
 
         Raises:
           UserError: the folder cannot be written.
         """
-        self._caches = workdir.absolute() / "cache"
-        folder = workdir.absolute() / "checkpoints"
+        if not paths.is_local(workdir) and not str(workdir).startswith("gs://"):
+            raise UserError(
+                f"--workdir={workdir}: checkpoints are written to local disks and to gs:// only: "
+                "name a folder there"
+            )
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"--workdir={workdir} cannot be written ({error.strerror}): name a folder that can"
+                f"--workdir={workdir} cannot be written ({error.strerror or error}): name a folder "
+                "that can"
             ) from error
-        self._manager = ocp.CheckpointManager(
-            folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep)
-        )
+        policies = [preservation_policy.LatestN(keep)]
+        if keep_every:
+            policies.append(preservation_policy.EveryNSteps(keep_every))
+        if keep_best:
+            best = preservation_policy.BestN(
+                get_metric_fn=lambda metrics: metrics["metric"],
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            )
+            policies.append(best)
+        return cls(workdir, preservation_policy.AnyPreservationPolicy(policies))
 
-    def latest(self) -> int | None:
-        """The newest step that was saved whole, or None."""
-        return self._manager.latest_step()
+    @classmethod
+    def readable(cls, workdir: AnyPath) -> Checkpoints:
+        """Opens a workdir to read from; nothing in it is touched, whoever else writes there.
 
-    def save(self, state: PyTree, position: Position) -> None:
+        Raises:
+          UserError: it holds no checkpoints.
+        """
+        if not (workdir / "checkpoints").is_dir():
+            raise UserError(f"{workdir} holds no checkpoint: --workdir must be the folder of a run")
+        return cls(workdir, None)
+
+    def steps(self) -> list[int]:
+        """The steps that were saved whole, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: PyTree, position: Position, *, metric: float | None = None) -> None:
         """Starts saving; returns once the arrays are copied, so that they may be donated.
 
         Args:
           state: the training state.
           position: everything else that resuming needs; its step names the checkpoint.
+          metric: of this very state, larger is better; None = not evaluated.
+
+        Raises:
+          UserError: the disk is full, or the workdir cannot be written any more.
         """
-        # Dropped while everything listed is whole: the step being written is listed too.
-        self._manager.wait_until_finished()
-        self._drop_unused_caches()
-        self._manager.save(
-            position.step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                position=ocp.args.JsonSave(dataclasses.asdict(position)),
-            ),
-        )
+        with self._writing():
+            # Dropped while everything listed is whole: the step being written is listed too.
+            self._manager.wait_until_finished()
+            self._require_space(state)
+            self._drop_unused_snapshots()
+            content = {
+                "format": FORMAT,
+                "position": dataclasses.asdict(position),
+                "leaves": digest.leaves(state),
+            }
+            self._manager.save(
+                position.step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    position=ocp.args.JsonSave({**content, "sha256": _sha256(content)}),
+                ),
+                metrics=None if metric is None else {"metric": metric},
+            )
+        self._snapshots[position.step] = position.cache["step"] if position.cache else None
 
-    def position(self, step: int) -> Position:
-        """The position of a checkpoint, without its state."""
-        args = ocp.args.Composite(position=ocp.args.JsonRestore())
-        return Position(**self._manager.restore(step, args=args)["position"])
+    def wait(self) -> None:
+        """Waits until what is being saved is whole.
 
-    def resume(
-        self, state: PyTree, cache: TargetCache | None, *, step: int
-    ) -> tuple[PyTree, TargetCache | None, Position]:
-        """Reads a checkpoint and the cache snapshot it refers to.
+        Raises:
+          UserError: as `save`.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    def read(self, step: int) -> tuple[Position, dict[str, Any]]:
+        """A checkpoint without its arrays.
 
         Args:
-          state: a state of the same shapes, dtypes and shardings.
-          cache: a cache likewise, or None where the strategy has none.
-          step: which checkpoint.
+          step: which one.
+
+        Returns:
+          Its position, and of every leaf of its state the dtype, shape and digest.
+
+        Raises:
+          UserError: it is of a format this version does not read.
+          DamagedError: it is missing or not what was saved.
+        """
+        args = ocp.args.Composite(position=ocp.args.JsonRestore())
+        content = self._restore(step, args)["position"]
+        if not isinstance(content, dict) or "sha256" not in content:
+            if isinstance(content, dict) and {"step", "ledger"} <= content.keys():
+                raise UserError(
+                    f"{self._folder / str(step)} has format 0 and this version reads {FORMAT}: use "
+                    "corrector_jax before checkpoints had digests, or train anew in another "
+                    "--workdir"
+                )
+            raise DamagedError(f"{self._folder / str(step)} holds no position")
+        if content.get("format") != FORMAT:
+            raise UserError(
+                f"{self._folder / str(step)} has format {content.get('format')!r} and this version "
+                f"reads {FORMAT}: use the version of corrector_jax that wrote it"
+            )
+        sha256 = content.pop("sha256")
+        if _sha256(content) != sha256:
+            raise DamagedError(f"{self._folder / str(step)}: its position is not what was saved")
+        position = Position(**content["position"])
+        self._snapshots[step] = position.cache["step"] if position.cache else None
+        return position, content["leaves"]
+
+    def resume(
+        self,
+        state: PyTree,
+        cache: TargetCache | None,
+        *,
+        data: str,
+        made_by: dict[str, Any],
+        step: int | None = None,
+        say: Callable[[str], None] = print,
+        set_aside: bool = False,
+    ) -> tuple[PyTree, TargetCache | None, Position]:
+        """Reads the newest checkpoint that is what was saved, and the snapshot it refers to.
+
+        Args:
+          state: a state of the same leaves, in the wanted shardings.
+          cache: a cache of the wanted shape, storage dtype and sharding, or None where the
+            strategy has none.
+          data: fingerprint of the data at hand.
+          made_by: what the rows of the cache must agree with.
+          step: this checkpoint and no other; None = the newest that is good.
+          say: told of every checkpoint that is not.
+          set_aside: whether to move those that are newer to `damaged/`, so that their steps can
+            be saved again.
 
         Returns:
           The state, the cache and the position.
 
         Raises:
-          UserError: the snapshot is missing or damaged.
+          UserError: the checkpoint is of another run, version or data, or none is good.
         """
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(_abstract(state)), position=ocp.args.JsonRestore()
-            ),
+        problems: dict[int, str] = {}
+        for candidate in [step] if step is not None else self.steps()[::-1]:
+            try:
+                found = self._resume(state, cache, step=candidate, data=data, made_by=made_by)
+            except DamagedError as error:
+                problems[candidate] = str(error)
+                say(f"WARNING: the checkpoint of step {candidate:,} is damaged: {error}")
+                continue
+            # Not before: if none is good, a file that is put back makes all of them good again.
+            for damaged in problems if set_aside else ():
+                say(f"WARNING: {self._set_aside(damaged)} holds the one of step {damaged:,} now")
+            return found
+        raise UserError(
+            f"no checkpoint in {self._folder} can be used "
+            f"({'; '.join(problems.values()) or 'none is there'}): put a good copy back or train "
+            "anew in another --workdir"
         )
-        position = Position(**restored["position"])
-        if cache is not None and position.cache is not None:
-            cache = self.restore_cache(cache, position.cache)
-        return restored["state"], cache, position
 
-    def save_cache(self, cache: TargetCache, *, step: int) -> dict[str, Any]:
+    def save_cache(
+        self, cache: TargetCache, *, step: int, made_by: dict[str, Any]
+    ) -> dict[str, Any]:
         """Saves a snapshot and waits for it: a checkpoint may refer to it from now on.
 
         Args:
           cache: the cache.
           step: the step before which it was made.
+          made_by: what its rows depend on.
 
         Returns:
-          The reference that `restore_cache` takes: step, rows with padding, and digest.
-        """
-        reference = {
-            "step": step,
-            "rows": cache.embeddings.shape[0],
-            "digest": digest(cache),
-        }
-        path = self._caches / str(step)
-        if path.exists():
-            shutil.rmtree(path)  # left by a run that was cut off before it could refer to it
-        with ocp.StandardCheckpointer() as saver:
-            saver.save(path, cache)
-        return reference
-
-    def restore_cache(self, like: TargetCache, reference: dict[str, Any]) -> TargetCache:
-        """Reads the snapshot a checkpoint refers to.
-
-        Args:
-          like: a cache of the same shapes, dtypes and shardings.
-          reference: of `save_cache`.
-
-        Returns:
-          The cache, placed as `like` is.
+          The reference that a position keeps.
 
         Raises:
-          UserError: it is missing, of another mesh, or not the one that was saved.
+          UserError: as `save`.
         """
-        path = self._caches / str(reference["step"])
-        if not path.exists():
-            raise UserError(
-                f"{path} is missing, the cache snapshot the checkpoint was trained on: put it back "
-                "or start anew in another --workdir"
-            )
-        if like.embeddings.shape[0] != reference["rows"]:
-            raise UserError(
-                f"{path} was saved on another number of devices ({reference['rows']} rows with "
-                f"padding there, {like.embeddings.shape[0]} here): set --config.mesh.devices to "
-                "the number the run began with"
-            )
-        with ocp.StandardCheckpointer() as saver:
-            cache: TargetCache = saver.restore(path, _abstract(like))
-        if digest(cache) != reference["digest"]:
-            raise UserError(
-                f"{path} does not have the digest its checkpoint names, so it was damaged or "
-                "replaced: put the right snapshot back or start anew in another --workdir"
-            )
-        return cache
+        with self._writing():
+            self._require_space(cache)
+            return snapshot.save(self._caches / str(step), cache, step=step, made_by=made_by)
+
+    def check(self, step: int) -> Iterator[tuple[str, int, str]]:
+        """Reads everything a checkpoint stands on and holds it against its digests.
+
+        Args:
+          step: which checkpoint.
+
+        Yields:
+          (what, its bytes, what is wrong with it or "").
+        """
+        position, leaves = self.read(step)
+        size = 0
+        try:
+            restored = self._restore_here(step)
+            size = sum(leaf.nbytes for leaf in jax.tree.leaves(restored))
+            self._compare(step, leaves, digest.leaves(restored))
+            yield "state", size, ""
+        except DamagedError as error:
+            yield "state", size, str(error)
+        if position.cache is not None:
+            folder = self._caches / str(position.cache["step"])
+            name = f"cache/{position.cache['step']}"
+            try:
+                for file, size, problem in snapshot.check(folder, sha256=position.cache["sha256"]):
+                    yield f"{name}/{file}", size, problem
+            except DamagedError as error:
+                yield name, 0, str(error)
 
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, *exception: object) -> None:
         """Waits for what is being saved."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            self.wait()
+        except UserError:
+            if kind is None:  # what is already on its way says more
+                raise
+        finally:
+            self._manager.close()
 
-    def _drop_unused_caches(self) -> None:
+    def _resume(
+        self,
+        state: PyTree,
+        cache: TargetCache | None,
+        *,
+        step: int,
+        data: str,
+        made_by: dict[str, Any],
+    ) -> tuple[PyTree, TargetCache | None, Position]:
+        position, leaves = self.read(step)
+        if position.data != data:
+            raise UserError(
+                f"{self._workdir} was trained on other data than there is now (texts, queries or "
+                "judgements changed): put them back or start anew in another --workdir"
+            )
+        self._refuse_other_leaves(step, leaves, state)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(_abstract(state)))
+        restored = self._restore(step, args)["state"]
+        self._compare(step, leaves, digest.leaves(restored))
+        if cache is not None and position.cache is not None:
+            cache = snapshot.load(
+                self._caches / str(position.cache["step"]),
+                cache,
+                made_by=made_by,
+                sha256=position.cache["sha256"],
+                remedy="put the right snapshot back or start anew in another --workdir",
+            )
+        return restored, cache, position
+
+    def _restore(self, step: int, args: ocp.args.Composite) -> Any:
+        with _quiet():
+            try:
+                return self._manager.restore(step, args=args)
+            except Exception as error:  # Orbax and TensorStore raise nothing more precise
+                problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            # Reads that failed beside it complain when they are collected: now, and unheard.
+            gc.collect()
+        raise DamagedError(f"{self._folder / str(step)} cannot be read ({problem})")
+
+    def _restore_here(self, step: int) -> PyTree:
+        """The state on one device, whatever it was saved on and without knowing its make."""
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        try:
+            with _quiet():
+                described = self._manager.item_metadata(step)["state"]
+            wanted = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), described
+            )
+        except Exception as error:  # as in `_restore`
+            raise DamagedError(f"{self._folder / str(step)} does not describe its state") from error
+        return self._restore(step, ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))[
+            "state"
+        ]
+
+    def _compare(self, step: int, saved: dict[str, Any], found: dict[str, Any]) -> None:
+        for path, leaf in saved.items():
+            if list(found.get(path, ())) != leaf:
+                raise DamagedError(
+                    f"{self._folder / str(step)}: {path} does not have the digest it was saved with"
+                )
+
+    def _refuse_other_leaves(self, step: int, saved: dict[str, Any], state: PyTree) -> None:
+        """A state of another make is no damage: falling back would not help."""
+        flat, _ = jax.tree_util.tree_flatten_with_path(state)
+        here = {
+            jax.tree_util.keystr(path, simple=True, separator="/"): (
+                str(leaf.dtype),
+                list(leaf.shape),
+            )
+            for path, leaf in flat
+        }
+        there = {path: (dtype, shape) for path, (dtype, shape, _) in saved.items()}
+        for path in sorted(here.keys() | there.keys()):
+            if here.get(path) != there.get(path):
+                raise UserError(
+                    f"{self._folder / str(step)} holds {_shown(there.get(path))} as {path} but "
+                    f"this run has {_shown(here.get(path))}: resume with the configuration and the "
+                    "version of corrector_jax it was saved with"
+                )
+
+    def _set_aside(self, step: int) -> AnyPath:
+        number = 0
+        while (target := self._workdir / "damaged" / f"{step}-{number}").exists():
+            number += 1
+        paths.move(self._folder / str(step), target)
+        self._manager.reload()
+        return target
+
+    def _require_space(self, tree: PyTree) -> None:
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+        free = paths.free_bytes(self._workdir)
+        if free is not None and free < 1.1 * needed:
+            raise OSError(
+                None, f"{needed / 1e9:.2f} GB are to be saved and {free / 1e9:.2f} GB are free"
+            )
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Whatever goes wrong while saving, in one sentence that says what is still there."""
+        try:
+            # Orbax would make it anew, with nothing else in it. An object store has no folders.
+            if paths.is_local(self._folder) and not self._folder.is_dir():
+                raise OSError(None, "the folder has vanished")
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # Orbax hands on what its threads raised, of any kind
+            words = " ".join(str(getattr(error, "strerror", None) or error).split())
+            there = f"; the newest there is of step {max(s):,}" if (s := self._listed()) else ""
+            raise UserError(
+                f"{self._workdir}: saving failed ({words[:300]}){there}: make room or make it "
+                "writable, then run the same command again"
+            ) from error
+
+    def _listed(self) -> list[int]:
+        try:
+            return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())
+        except OSError:
+            return []
+
+    def _drop_unused_snapshots(self) -> None:
         """Removes snapshots that no kept checkpoint refers to; the newest always stays."""
-        if not self._caches.exists():
+        if not self._caches.is_dir():
             return
-        # A refresh before step t comes after the checkpoint of step t was saved, so a checkpoint
-        # refers to the last snapshot of an earlier step than its own (or to the first).
-        steps = sorted(int(path.name) for path in self._caches.iterdir() if path.name.isdigit())
-        oldest = min(self._manager.all_steps(), default=0)
-        needed = max((s for s in steps if s < oldest), default=0)
-        for step in steps:
-            if step < needed:
-                shutil.rmtree(self._caches / str(step))
+        there = {int(path.name) for path in self._caches.iterdir() if path.name.isdigit()}
+        for step in self.steps():
+            if step not in self._snapshots:
+                try:
+                    self.read(step)
+                except DamagedError:
+                    return  # it may need any of them
+        needed = {self._snapshots[step] for step in self.steps()}
+        for step in there - needed - {max(there, default=0)}:
+            paths.remove(self._caches / str(step))
 
 
-def digest(cache: TargetCache) -> str:
-    """Sha256, in hex, of the cache's targets (padding left out): their bytes in row order."""
-    seen = hashlib.sha256()
-    for array in (cache.embeddings, cache.scale, cache.written_at):
-        if array is None:
-            continue
-        shards = {shard.index[0].start or 0: shard for shard in array.addressable_shards}
-        for start, shard in sorted(shards.items()):
-            # A copy: a live view would make the next donation of the cache copy it, silently.
-            rows = np.array(shard.data[: max(0, cache.size - start)])
-            seen.update(rows.tobytes())
-    return seen.hexdigest()
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps back what Orbax logs: pages around an error that is said in a sentence."""
+    loggers = [logging.getLogger(name) for name in ("asyncio", "absl")]
+    levels = [logger.level for logger in loggers]
+    hook = sys.unraisablehook
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        sys.unraisablehook = lambda unraisable: None
+        yield
+    finally:
+        sys.unraisablehook = hook
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _sha256(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _shown(leaf: tuple[str, list[int]] | None) -> str:
+    return "nothing" if leaf is None else f"{leaf[0]}{leaf[1]}"
 
 
 def _abstract(tree: Any) -> Any:

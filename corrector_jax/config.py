@@ -35,10 +35,19 @@ WORDS: dict[str, tuple[str, ...]] = {
 }
 
 FREE = (
-    *("eval", "log", "checkpoint", "embed", "search"),
-    *("data.layout", "data.cache_dir", "data.max_bad_rows"),
+    "eval.",
+    "log.",
+    "checkpoint.",
+    "embed.",
+    "search.",
+    "mesh.",
+    "cache.",
+    "data.cache_dir",
+    "data.layout",
+    "data.max_bad_rows",
+    "train.max_skipped",
 )
-"""Sections and keys that do not shape the training state: they may differ when a run is resumed."""
+"""Keys that do not shape the training state: they may differ when a run is resumed."""
 
 
 def default() -> ConfigDict:
@@ -79,6 +88,7 @@ def default() -> ConfigDict:
     c.model.intermediate = 512  # random weights only
 
     c.cache = ConfigDict()
+    c.cache.path = ""  # begin with the snapshot there (RUN/cache/STEP) instead of embedding
     c.cache.dtype = "float32"  # how stale rows are stored: float32 | bfloat16
     c.cache.tile_rows = 4096  # rows scored at once on a device: memory, never results
 
@@ -116,6 +126,7 @@ def default() -> ConfigDict:
     c.train.weight_decay = 0.0
     c.train.clip = 1.0  # largest global gradient norm; 0 = no clip
     c.train.accumulate = 1  # steps whose gradients make one update
+    c.train.max_skipped = 10  # steps with a loss or gradient not finite before training stops
 
     c.eval = ConfigDict()
     c.eval.every = 0  # steps between evaluations on dev; 0 = only before and after
@@ -128,7 +139,9 @@ def default() -> ConfigDict:
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 1000  # steps
-    c.checkpoint.keep = 2
+    c.checkpoint.keep = 2  # the newest ones
+    c.checkpoint.keep_every = 0  # and those of every so many steps; 0 = none of them
+    c.checkpoint.keep_best = False  # and the one with the best mrr@10 on dev, by eval.every
 
     c.log = ConfigDict()
     c.log.every = 10  # steps between lines of metrics.jsonl
@@ -265,8 +278,7 @@ def refuse_other_run(config: ConfigDict, saved: ConfigDict, workdir: str) -> Non
       UserError: the keys that differ, and what to do.
     """
     before, now = dict(flat(saved)), dict(flat(config))
-    bound = [key for key in now if not {key, key.split(".")[0]} & set(FREE)]
-    differ = [key for key in bound if now[key] != before.get(key)]
+    differ = [key for key in now if not key.startswith(FREE) and now[key] != before.get(key)]
     grows = now["train.steps"] >= before["train.steps"]
     if grows and now["train.schedule"] == "constant" and "train.steps" in differ:
         differ.remove("train.steps")  # nothing done so far depends on how long it goes on
@@ -306,12 +318,14 @@ _LEAST = {
     "train.weight_decay": 0.0,
     "train.clip": 0.0,
     "train.accumulate": 1,
+    "train.max_skipped": 0,
     "eval.every": 0,
     "eval.sample_targets": 1,
     "eval.batch_size": 1,
     "eval.top_k": 100,
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
+    "checkpoint.keep_every": 0,
     "log.every": 1,
     "mesh.devices": 0,
 }

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,13 +15,13 @@ from ml_collections import ConfigDict
 from corrector_jax import config as configs
 from corrector_jax import paths
 from corrector_jax.cache import TargetCache
-from corrector_jax.checkpoint import Checkpoints, Position
+from corrector_jax.checkpoint import Checkpoints
 from corrector_jax.embed import Consumer, Embedder, cached_blocks, go_over
 from corrector_jax.job import Job, full_encoder, make_job
 from corrector_jax.negatives import Gated
+from corrector_jax.paths import AnyPath
 from corrector_jax.ranking import Measured, Ranking, bm25, measure, write_trec
 from corrector_jax.sharding import Placement
-from corrector_jax.state import TrainState
 from corrector_jax.steps.eval_step import Best, Gap, gap_step, search_step
 from corrector_jax.steps.train_step import Method
 from corrector_jax.types import Array, PyTree, UserError
@@ -207,7 +206,7 @@ def evaluate(
 
 
 def write(
-    job: Job, workdir: Path, name: str, record: dict[str, Any], found: Ranking
+    job: Job, workdir: AnyPath, name: str, record: dict[str, Any], found: Ranking
 ) -> dict[str, Any]:
     """Leaves an evaluation in the workdir: `eval/NAME.json` and `runs/NAME.trec`.
 
@@ -223,18 +222,18 @@ def write(
     """
     record = {"name": name, **record, "run": f"runs/{name}.trec"}
     split = job.data.splits[record["split"]]
-    (workdir / "runs").mkdir(exist_ok=True)
     write_trec(workdir / record["run"], split, found, job.data.target_ids, name)
     paths.write(workdir / "eval" / f"{name}.json", json.dumps(record) + "\n")
     return record
 
 
-def evaluate_run(workdir: Path, *, name: str = "") -> Path:
-    """Evaluates the newest checkpoint of a run on its final split, with the full corpus.
+def evaluate_run(workdir: AnyPath, *, name: str = "", step: int | None = None) -> AnyPath:
+    """Evaluates a checkpoint of a run on its final split, with the full corpus.
 
     Args:
       workdir: the run's folder.
       name: of the evaluation; empty = SPLIT-step-STEP.
+      step: which checkpoint; None = the newest.
 
     Returns:
       The path of `eval/NAME.json`; results.json is left alone.
@@ -245,14 +244,17 @@ def evaluate_run(workdir: Path, *, name: str = "") -> Path:
     if name in ("before", "after", "bm25", "pretrained") or "/" in name:
         raise UserError(f"--name is {name!r}, which names a part of the run itself: write another")
     config = saved_config(workdir)
-    with Checkpoints(workdir) as checkpoints:
-        step = checkpoints.latest()
-        if step is None:
-            raise UserError(f"{workdir} holds no checkpoint to evaluate: train there first")
+    with Checkpoints.readable(workdir) as checkpoints:
         job = make_job(config)
-        empty = job.empty_cache() if job.uses_cache else None
-        state, cache, _ = resume(job, checkpoints, job.init_state(), empty, step)
-    split = job.final_split
+        state, cache, position = checkpoints.resume(
+            job.init_state(),
+            job.empty_cache() if job.uses_cache else None,
+            data=job.fingerprint,
+            made_by=job.made_by,
+            step=step,
+            say=say,
+        )
+    step, split = position.step, job.final_split
     result = evaluate(
         job, state.params, step=step, splits=[split], cache=cache, psi=state.corrector.gated
     )
@@ -265,7 +267,7 @@ def evaluate_run(workdir: Path, *, name: str = "") -> Path:
     return path
 
 
-def saved_config(workdir: Path) -> ConfigDict:
+def saved_config(workdir: AnyPath) -> ConfigDict:
     """The configuration a workdir was made with.
 
     Raises:
@@ -277,35 +279,7 @@ def saved_config(workdir: Path) -> ConfigDict:
     return configs.from_json(saved.read_text())
 
 
-def resume(
-    job: Job, checkpoints: Checkpoints, state: TrainState, cache: TargetCache | None, step: int
-) -> tuple[TrainState, TargetCache | None, Position]:
-    """Reads a checkpoint of this very job.
-
-    Args:
-      job: the job.
-      checkpoints: of its workdir.
-      state: a state of the right shapes.
-      cache: a cache of the right shape, or None.
-      step: which checkpoint.
-
-    Returns:
-      The state, the cache and the position.
-
-    Raises:
-      UserError: the data is no longer what the run was trained on, or the cache's snapshot is
-        missing, damaged, or of another mesh.
-    """
-    data = checkpoints.position(step).data
-    if data != job.fingerprint:
-        raise UserError(
-            f"the run was trained on other data than {job.data.name} holds now (texts, queries or "
-            "judgements changed): put them back or start anew in another --workdir"
-        )
-    return checkpoints.resume(state, cache, step=step)
-
-
-def references(job: Job, workdir: Path) -> int:
+def references(job: Job, workdir: AnyPath) -> int:
     """What the final split's result stands beside: BM25, and the encoder with all its layers.
 
     Args:

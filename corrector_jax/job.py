@@ -8,13 +8,14 @@ import hashlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 from corrector_jax import cache as caches
 from corrector_jax import config as configs
-from corrector_jax import losses, optimizer, rng, weights
+from corrector_jax import digest, losses, optimizer, paths, rng, snapshot, weights
 from corrector_jax.cache import TargetCache, TargetTokens
 from corrector_jax.data import dataset, order, sources, tokenize
 from corrector_jax.data.dataset import RetrievalData
@@ -55,6 +56,7 @@ class Job:
       probe_ids: [U] int32 on the mesh, the probe's targets.
       encoder_source: where the weights came from, in words.
       encoder_params: one tower's parameters at the start, on the host; None = random.
+      made_by: what rows of the cache depend on beside the weights: field -> word or number.
       model: the dual encoder.
       method: the strategy as the step sees it.
       learning_rate: by update.
@@ -77,6 +79,7 @@ class Job:
     probe_ids: Array
     encoder_source: str
     encoder_params: PyTree
+    made_by: dict[str, Any]
     model: DualEncoder
     method: Method
     learning_rate: optax.Schedule
@@ -142,6 +145,38 @@ class Job:
             block_rows=self.config.negatives.block_rows,
             place=self.place,
         )
+
+    def weights_digest(self, params: PyTree) -> str:
+        """Names the parameters that targets are embedded with: 64 hex digits."""
+        return digest.of(params["shared" if self.model.shared else "target"])
+
+    def load_cache(self, empty: TargetCache, params: PyTree) -> TargetCache:
+        """The snapshot at `cache.path`, where it is what a pass over the corpus would make now.
+
+        Args:
+          empty: a cache of the wanted shape, storage dtype and sharding.
+          params: the encoders' parameters.
+
+        Returns:
+          The cache, as written before step 0.
+
+        Raises:
+          UserError: there is no snapshot, it is damaged, or something else made it.
+        """
+        path = self.config.cache.path
+        try:
+            cache = snapshot.load(
+                paths.make(path),
+                empty,
+                made_by={**self.made_by, "weights": self.weights_digest(params)},
+                remedy="drop --config.cache.path to embed the corpus anew",
+            )
+        except snapshot.DamagedError as error:
+            raise UserError(
+                f"config.cache.path is not a snapshot ({error}): write RUN/cache/STEP of another "
+                "run, or drop it to embed the corpus anew"
+            ) from error
+        return dataclasses.replace(cache, written_at=jnp.minimum(cache.written_at, 0))
 
 
 def make_job(config: ConfigDict) -> Job:
@@ -218,6 +253,17 @@ def make_job(config: ConfigDict) -> Job:
         probe_ids=probe_ids,
         encoder_source=source,
         encoder_params=encoder_params,
+        made_by={
+            "tokenizer": tokenizer.fingerprint,
+            "template": config.data.target_template,
+            "prefix": config.data.target_prefix,
+            "length": config.data.target_max_len,
+            "layers": bert.num_layers,
+            "pooling": encoder.pooling,
+            "normalize": encoder.normalize,
+            "dtype": encoder.dtype,
+            "corpus": data.fingerprint(),
+        },
         model=model,
         method=_method(config, tokens.size, encoder.normalize, place),
         learning_rate=learning_rate,

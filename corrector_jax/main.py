@@ -10,8 +10,14 @@ Flags:
   --workdir=DIR         where everything goes; an existing one is resumed (runs/<config's name>)
   --mode=train          train, evaluating before and after; leaves results.json and report.html
   --mode=check_data     what is in the data; exits 1 where training would be wrong
-  --mode=evaluate       evaluate the newest checkpoint of --workdir; leaves eval/NAME.json
+  --mode=evaluate       evaluate a checkpoint of --workdir; leaves eval/NAME.json
   --name=NAME           of that evaluation (SPLIT-step-STEP)
+  --step=STEP           which checkpoint (the newest)
+  --mode=inspect        show what --workdir holds and check it against its digests
+
+Exit codes: 0 done; 1 inspect found damage, or check_data what makes training wrong; 2 something to
+mend, said in one sentence; 75 asked to stop (SIGTERM, Ctrl-C, maintenance) and saved: the same
+command goes on; 143 or 130 a second signal.
 """
 
 from __future__ import annotations
@@ -22,6 +28,7 @@ import time
 _STARTED = time.monotonic()  # ahead of the imports below, which a user waits for too
 
 import difflib  # noqa: E402
+import errno  # noqa: E402
 import inspect  # noqa: E402
 import re  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -30,12 +37,18 @@ from absl import app, flags, logging  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 
 from corrector_jax import config as configs  # noqa: E402
+from corrector_jax import paths  # noqa: E402
+from corrector_jax.paths import AnyPath  # noqa: E402
+from corrector_jax.preemption import EXIT_CODE, PreemptedError  # noqa: E402
 from corrector_jax.types import UserError  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes.")
-_MODE = flags.DEFINE_string("mode", "train", "train, evaluate or check_data.")
+_MODE = flags.DEFINE_string("mode", "train", "What to do.")
 _NAME = flags.DEFINE_string("name", "", "Of an evaluation.")
+_STEP = flags.DEFINE_integer("step", None, "Which checkpoint; the newest if left out.")
+
+_MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOENT}
 
 
 def main(argv: list[str]) -> None:
@@ -43,14 +56,15 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # what libraries tell of themselves helps nobody
     if len(argv) > 1:
         raise UserError(f"{argv[1]!r} is not a flag: see --help")
-    if _MODE.value == "train":
-        _train()
-    elif _MODE.value == "evaluate":
-        _evaluate()
-    elif _MODE.value == "check_data":
-        _check_data()
-    else:
-        raise UserError(f"--mode is {_MODE.value!r}: write train, evaluate or check_data")
+    modes = {
+        "train": _train,
+        "evaluate": _evaluate,
+        "check_data": _check_data,
+        "inspect": _inspect,
+    }
+    if _MODE.value not in modes:
+        raise UserError(f"--mode is {_MODE.value!r}: write {', '.join(modes)}")
+    modes[_MODE.value]()
 
 
 def cli() -> None:
@@ -62,6 +76,18 @@ def cli() -> None:
         app.run(main, flags_parser=_parse)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except PreemptedError as reason:
+        print(f"stopped by {reason}: run the same command to go on", file=sys.stderr)
+        sys.exit(EXIT_CODE)
+    except OSError as error:
+        if error.errno not in _MENDABLE:
+            raise
+        print(
+            f"error: {error.filename or 'writing'} failed ({error.strerror}): make room or make it "
+            "writable, then run the same command again",
+            file=sys.stderr,
+        )
         sys.exit(2)
 
 
@@ -89,20 +115,31 @@ def _check_data() -> None:
         sys.exit(1)
 
 
-def _config_and_workdir() -> tuple[ConfigDict, Path]:
+def _config_and_workdir() -> tuple[ConfigDict, AnyPath]:
     if _CONFIG.value is None:
         raise UserError("--config is missing: write --config=configs/quickstart.py, or see --help")
     configs.validate(_CONFIG.value)
     name = Path(config_flags.get_config_filename(flags.FLAGS[_CONFIG.name])).stem
-    return _CONFIG.value, Path(_WORKDIR.value or f"runs/{name}")
+    return _CONFIG.value, paths.make(_WORKDIR.value or f"runs/{name}")
 
 
 def _evaluate() -> None:
     from corrector_jax.evaluate import evaluate_run
 
+    evaluate_run(_workdir(), name=_NAME.value, step=_STEP.value)
+
+
+def _inspect() -> None:
+    from corrector_jax.inspection import inspect_run
+
+    if not inspect_run(_workdir()):
+        sys.exit(1)
+
+
+def _workdir() -> AnyPath:
     if _WORKDIR.value is None:
-        raise UserError("--workdir is missing: write the folder of the run to evaluate")
-    evaluate_run(Path(_WORKDIR.value), name=_NAME.value)
+        raise UserError("--workdir is missing: write the folder of a run")
+    return paths.make(_WORKDIR.value)
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -7,10 +7,13 @@ rename and no append: nothing here or above relies on either, except on local di
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
+from typing import IO, TypeAlias
 
 from upath import UPath
 
@@ -66,18 +69,37 @@ def write(path: AnyPath, content: str | bytes) -> None:
       path: the file; folders that are missing on the way to it are made.
       content: what it holds from now on; a text is written as UTF-8.
     """
-    data = content.encode() if isinstance(content, str) else content
+    with writing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def writing(path: AnyPath) -> Iterator[IO[bytes]]:
+    """A file to write that is there once the block ends without an error, and not before.
+
+    Args:
+      path: the file; folders that are missing on the way to it are made.
+
+    Yields:
+      The open file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(path, Path):
-        # Beside it first, then over it: a reader sees the old file or the new one.
-        beside = path.with_name(f".{path.name}.tmp")
+    if not isinstance(path, Path):
+        content = io.BytesIO()
+        yield content
+        path.write_bytes(content.getvalue())  # an object appears whole, once its upload ends
+        return
+    # Beside it first, then over it: a reader sees the old file or the new one.
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
         with beside.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    else:
-        path.write_bytes(data)  # an object appears whole, once its upload ends
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def remove(path: AnyPath) -> None:

@@ -7,15 +7,15 @@ only where a file or a measuring package wants names instead of rows.
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
 
+from corrector_jax import paths
+from corrector_jax.paths import AnyPath
 from corrector_jax.types import UserError
 
 METRICS = ("recall@1", "recall@20", "recall@100", "mrr@10", "ndcg@10")
@@ -114,7 +114,7 @@ def measure(split: Judged, ranking: Ranking, target_ids: Sequence[str]) -> Measu
 
 
 def write_trec(
-    path: Path, split: Judged, ranking: Ranking, target_ids: Sequence[str], tag: str
+    path: AnyPath, split: Judged, ranking: Ranking, target_ids: Sequence[str], tag: str
 ) -> None:
     """Writes a TREC run file, whole or not at all: `query Q0 target rank score tag` a line.
 
@@ -123,7 +123,7 @@ def write_trec(
     query for which nothing was found has no line. (Tools that sort by score may order ties anew.)
 
     Args:
-      path: the file, in an existing folder.
+      path: the file; folders that are missing on the way to it are made.
       split: Q queries.
       ranking: [Q, k].
       target_ids: N names, by row.
@@ -135,19 +135,17 @@ def write_trec(
     name = _names(target_ids, [ranking.rows])
     query_name = _names(split.query_ids)
     tag = _name(tag)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8", newline="\n") as file:
+    with paths.writing(path) as file:
         for i, (rows, scores) in enumerate(zip(ranking.rows, ranking.scores, strict=True)):
             found = rows >= 0
             pairs = zip(rows[found].tolist(), scores[found].tolist(), strict=True)
             file.writelines(
-                f"{query_name[i]} Q0 {name[row]} {rank} {score:.9g} {tag}\n"
+                f"{query_name[i]} Q0 {name[row]} {rank} {score:.9g} {tag}\n".encode()
                 for rank, (row, score) in enumerate(pairs, start=1)
             )
-    os.replace(partial, path)
 
 
-def read_trec(path: Path, split: Judged, target_ids: Sequence[str]) -> Ranking:
+def read_trec(path: AnyPath, split: Judged, target_ids: Sequence[str]) -> Ranking:
     """Reads a TREC run file back, ordered by its ranks.
 
     Args:
@@ -164,7 +162,7 @@ def read_trec(path: Path, split: Judged, target_ids: Sequence[str]) -> Ranking:
     query_of = {name: i for i, name in _names(split.query_ids).items()}
     row_of = {name: row for row, name in _names(target_ids).items()}
     found: list[list[tuple[int, int, float]]] = [[] for _ in split.query_ids]
-    with open(path, encoding="utf-8") as file:
+    with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             try:
                 query, _, target, rank, score, _ = line.split()

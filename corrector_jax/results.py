@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import numpy as np
 from corrector_jax import paths
 from corrector_jax.checkpoint import Position
 from corrector_jax.job import Job
+from corrector_jax.paths import AnyPath
 from corrector_jax.ranking import METRICS, paired_bootstrap, read_trec
 from corrector_jax.report.page import write_report
 from corrector_jax.report.words import summary_table
@@ -24,7 +24,7 @@ FIRST = 3
 """Results shown of each."""
 
 
-def finish(job: Job, workdir: Path, position: Position, started: float) -> Path:
+def finish(job: Job, workdir: AnyPath, position: Position, started: float) -> AnyPath:
     """Writes everything that is made of the run's evaluations, and prints the summary.
 
     Args:
@@ -47,13 +47,13 @@ def finish(job: Job, workdir: Path, position: Position, started: float) -> Path:
     return path
 
 
-def stamp(summary: dict[str, Any], workdir: Path, started: float) -> None:
+def stamp(summary: dict[str, Any], workdir: AnyPath, started: float) -> None:
     """Writes results.json with the wall-clock seconds up to now."""
     summary["wall_seconds"] = round(time.monotonic() - started, 1)
     paths.write(workdir / "results.json", json.dumps(summary, indent=2) + "\n")
 
 
-def results(job: Job, workdir: Path, position: Position) -> dict[str, Any]:
+def results(job: Job, workdir: AnyPath, position: Position) -> dict[str, Any]:
     """What results.json holds but for wall_seconds, from the workdir's evaluations.
 
     Args:
@@ -106,7 +106,7 @@ def results(job: Job, workdir: Path, position: Position) -> dict[str, Any]:
     }
 
 
-def examples(job: Job, workdir: Path) -> list[dict[str, Any]]:
+def examples(job: Job, workdir: AnyPath) -> list[dict[str, Any]]:
     """A few queries with their first results before and after, spread evenly over the split.
 
     Args:

@@ -1,8 +1,9 @@
 """The training loop: the order of things, and nothing else.
 
-Before step t: refresh if due, probe if due. Then the step. After it: log, evaluate if due, save if
-due. Every decision is a function of the step, so that a resumed run makes the same ones, and a
-batch is made from the step alone, after the save, so that a resumed run sees the same one.
+Before step t, as far as they are due: evaluate, save, refresh, probe. Then the step. Every decision
+is a function of the step, so that a resumed run makes the same ones, and a batch is made from the
+step alone, so that a resumed run sees the same one. A run that is asked to stop saves between two
+steps, wherever it is, and what was due and not done is done by the run that goes on.
 """
 
 from __future__ import annotations
@@ -10,10 +11,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import shutil
+import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,23 +25,19 @@ from corrector_jax import paths, rng
 from corrector_jax.cache import TargetCache
 from corrector_jax.checkpoint import Checkpoints, Position
 from corrector_jax.data import order
-from corrector_jax.embed import go_over
-from corrector_jax.evaluate import (
-    Evaluated,
-    evaluate,
-    references,
-    resume,
-    saved_config,
-    write,
-)
+from corrector_jax.embed import Consumer, go_over
+from corrector_jax.evaluate import Evaluated, evaluate, references, saved_config, write
 from corrector_jax.job import Job, make_job
+from corrector_jax.lock import Lock
 from corrector_jax.metrics import means
+from corrector_jax.paths import AnyPath
+from corrector_jax.preemption import PreemptedError, Preemption
 from corrector_jax.refresh import CacheWriter, is_due
 from corrector_jax.results import finish
 from corrector_jax.state import TrainState
 from corrector_jax.steps.probe_step import probe_step
 from corrector_jax.steps.train_step import train_step
-from corrector_jax.types import Batch
+from corrector_jax.types import Array, Batch, UserError
 from corrector_jax.writer import StepLog, Writer, progress, say
 
 
@@ -52,21 +48,31 @@ class Run:
     Attributes:
       job: everything that stays the same.
       workdir: the run's folder.
-      writer: metrics.
+      lock: held while the run is alive.
+      preemption: whether the run was asked to stop.
       checkpoints: checkpoints and cache snapshots.
       position: how far the run is; each part of the loop brings its own share up to date.
+      writer: metrics.
+      log: metrics of training steps.
       started: when the run began, by `time.monotonic()`; for a resumed run, long before now.
     """
 
     job: Job
-    workdir: Path
-    writer: Writer
+    workdir: AnyPath
+    lock: Lock
+    preemption: Preemption
     checkpoints: Checkpoints
     position: Position
+    writer: Writer
+    log: StepLog
     started: float
 
+    def add(self, ids: Array, fresh: Array) -> None:
+        """Takes part in a pass over the corpus to end it when the run is asked to stop."""
+        self.preemption.check()
 
-def train(config: ConfigDict, workdir: Path, *, started: float) -> Path:
+
+def train(config: ConfigDict, workdir: AnyPath, *, started: float) -> AnyPath:
     """Trains, evaluates before and after, and leaves the report; resumes what is there.
 
     Args:
@@ -78,20 +84,34 @@ def train(config: ConfigDict, workdir: Path, *, started: float) -> Path:
       The path of report.html.
 
     Raises:
-      UserError: the workdir holds another run, or data, weights and configuration do not fit.
+      UserError: the workdir holds another run or is in use, data, weights and configuration do
+        not fit, or training went wrong in a way that a user can mend.
+      PreemptedError: the run was asked to stop; the same call goes on with it.
     """
-    with Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints:
-        latest = checkpoints.latest()
-        if latest is not None:
+    checkpoint = config.checkpoint
+    with (
+        Preemption(say=say, notices=jax.default_backend() == "tpu") as preemption,
+        Lock(workdir, say=say) as lock,
+        Checkpoints.writable(
+            workdir,
+            keep=checkpoint.keep,
+            keep_every=checkpoint.keep_every,
+            keep_best=checkpoint.keep_best,
+        ) as checkpoints,
+    ):
+        resumes = bool(checkpoints.steps())
+        if resumes:
             configs.refuse_other_run(config, saved_config(workdir), str(workdir))
         job = make_job(config)
-        paths.write(workdir / "config.json", configs.to_json(config))
         state = job.init_state()
         cache = job.empty_cache() if job.uses_cache else None
         position = Position(data=job.fingerprint)
-        if latest is not None:
-            state, cache, position = resume(job, checkpoints, state, cache, latest)
-            say(f"resumed {workdir} at step {latest:,}")
+        if resumes:
+            state, cache, position = checkpoints.resume(
+                state, cache, data=job.fingerprint, made_by=job.made_by, say=say, set_aside=True
+            )
+            say(f"resumed {workdir} at step {position.step:,}")
+        paths.write(workdir / "config.json", configs.to_json(config))
         started -= position.seconds
         with Writer(
             workdir,
@@ -100,13 +120,20 @@ def train(config: ConfigDict, workdir: Path, *, started: float) -> Path:
             started=started,
             tensorboard=config.log.tensorboard,
         ) as writer:
-            run = Run(job, workdir, writer, checkpoints, position, started)
-            if latest is None:
+            log = StepLog(
+                writer,
+                every=config.log.every,
+                batch_size=config.train.batch_size,
+                saved=position.log,
+                on_skipped=functools.partial(skipped, job, workdir, position),
+            )
+            run = Run(job, workdir, lock, preemption, checkpoints, position, writer, log, started)
+            if not resumes:
                 cache = before(run, state, cache)
                 save(run, state)
             state, cache = loop(run, state, cache)
             after(run, state, cache)
-    return finish(job, workdir, position, started)
+        return finish(job, workdir, position, started)
 
 
 def loop(
@@ -121,28 +148,31 @@ def loop(
 
     Returns:
       The state and the cache after the last step, which are saved.
+
+    Raises:
+      PreemptedError: the run was asked to stop; everything up to here is saved.
     """
     job, config, position = run.job, run.job.config, run.position
     step_fn, probe_fn = compile_steps(job)
-    refresh = configs.chosen(config)["refresh"]
     # All at once: computed in the loop, each would queue behind the step and wait for it.
     updates = np.arange(config.train.steps // config.train.accumulate)
     rates = np.asarray(jax.vmap(job.learning_rate)(updates))
-    log = StepLog(
-        run.writer,
-        every=config.log.every,
-        batch_size=config.train.batch_size,
-        seconds=position.train_seconds,
+    batches = order.ahead(
+        lambda step: place_batch(job, step), range(position.step, config.train.steps)
     )
-    steps = range(position.step, config.train.steps)
-    batches = order.ahead(lambda step: place_batch(job, step), steps)
     with (
         contextlib.closing(batches),
         progress("training", config.train.steps, "steps", done=position.step) as advance,
     ):
-        for step in steps:
-            if cache is not None and is_due(step, policy=refresh, every=config.refresh.every):
-                state, cache = refresh_cache(run, state, cache)
+        while True:
+            step = position.step
+            try:
+                state, cache = between(run, state, cache)
+            except PreemptedError:
+                save(run, state)
+                raise
+            if step == config.train.steps:
+                return state, cache
             if cache is not None and is_probe_due(run):
                 state = probe(run, probe_fn, state, cache)
             entered = time.monotonic()
@@ -156,26 +186,107 @@ def loop(
             position.ledger["encoded_without_grad"] += job.method.uniform_rows
             # Reads the metrics of the step before, while this one runs.
             rate = float(rates[step // config.train.accumulate])
-            note = log.add(position.step, measured, {"learning_rate": rate}, position.train_seconds)
-            last = position.step == config.train.steps
-            evaluates = config.eval.every and position.step % config.eval.every == 0 and not last
-            saves = last or position.step % config.checkpoint.every == 0
-            if evaluates or saves:
-                note = log.flush(write=True)
+            note = run.log.add(
+                position.step, measured, {"learning_rate": rate}, position.train_seconds
+            )
+            if is_boundary(run):
+                note = run.log.flush()  # what follows takes long: the step's own time ends here
             position.train_seconds += time.monotonic() - entered
             advance(1, note)
-            if evaluates:
-                during(run, state, cache)
-            if saves:
-                save(run, state)
-    return state, cache
 
 
-def save(run: Run, state: TrainState) -> None:
-    """Starts saving a checkpoint."""
+def is_boundary(run: Run) -> bool:
+    """Whether something other than a step follows: an evaluation, a save, the end."""
+    config, step = run.job.config, run.position.step
+    every = (config.eval.every, config.checkpoint.every)
+    return step == config.train.steps or any(each and step % each == 0 for each in every)
+
+
+def between(
+    run: Run, state: TrainState, cache: TargetCache | None
+) -> tuple[TrainState, TargetCache | None]:
+    """What is due between two steps: evaluate, save, refresh, in this order.
+
+    Args:
+      run: the run.
+      state: not taken over: it can be saved if this is interrupted.
+      cache: taken over; a refresh that is interrupted is begun anew from the snapshot before.
+
+    Returns:
+      The state and the cache.
+
+    Raises:
+      PreemptedError: the run was asked to stop. Nothing is half done that a resumed run would not
+        do again from its beginning.
+    """
+    config, position, step = run.job.config, run.position, run.position.step
+    run.preemption.check()
+    ends, metric = step == config.train.steps, None
+    every = config.eval.every
+    if every and step and step % every == 0 and not ends and position.evaluated < step:
+        metric = during(run, state, cache)
+        position.evaluated = step
+    if step and (ends or step % config.checkpoint.every == 0):
+        save(run, state, metric)
+    refresh = configs.chosen(config)["refresh"]
+    if cache is None or ends or not is_due(step, policy=refresh, every=config.refresh.every):
+        return state, cache
+    return refresh_cache(run, state, cache)
+
+
+def save(run: Run, state: TrainState, metric: float | None = None) -> None:
+    """Starts saving a checkpoint; one that is there already is left as it is.
+
+    Args:
+      run: the run.
+      state: of its step.
+      metric: of this very state, where it was evaluated.
+    """
+    if run.position.step in run.checkpoints.steps():
+        return
+    run.lock.verify()
+    run.log.flush()
+    run.position.log = run.log.state()
     run.position.seconds = time.monotonic() - run.started
-    run.position.metrics = run.writer.size()
-    run.checkpoints.save(state, run.position)
+    run.position.metrics = run.writer.sync()
+    run.checkpoints.save(state, run.position, metric=metric)
+
+
+def skipped(job: Job, workdir: AnyPath, position: Position, step: int) -> None:
+    """Counts a step whose loss or gradients were not finite, and keeps its batch for inspection.
+
+    Args:
+      job: the job.
+      workdir: `skipped/STEP.json` goes here.
+      position: holds the steps skipped so far.
+      step: steps done, the skipped one included.
+
+    Raises:
+      UserError: there are more of them than `train.max_skipped`.
+    """
+    position.skipped.append(step)
+    batch, split = make_batch(job, step - 1), job.data.splits["train"]
+    rows = order.batch_rows(
+        step - 1,
+        num_queries=len(split.texts),
+        batch_size=job.config.train.batch_size,
+        seed=job.config.seed,
+    )
+    record = {
+        "step": step,
+        "queries": [split.query_ids[row] for row in rows],
+        "positives": [job.data.target_ids[row] for row in np.asarray(batch.positive)],
+    }
+    path = workdir / "skipped" / f"{step}.json"
+    paths.write(path, json.dumps(record, indent=2) + "\n")
+    say(f"WARNING: step {step:,} was skipped: its loss or gradients were not finite ({path})")
+    count, most = len(position.skipped), job.config.train.max_skipped
+    if count > most:
+        raise UserError(
+            f"loss or gradients were not finite at {count} steps, more than config.train."
+            f"max_skipped={most}; the last batch is in {path}: train anew with a lower "
+            "config.train.learning_rate, or resume with a larger config.train.max_skipped"
+        )
 
 
 def compile_steps(job: Job) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -239,18 +350,34 @@ def before(run: Run, state: TrainState, cache: TargetCache | None) -> TargetCach
       The filled cache.
     """
     job, position = run.job, run.position
-    shutil.rmtree(run.workdir / "eval", ignore_errors=True)  # of a run that never got to step 0
+    paths.remove(run.workdir / "eval")  # of a run that never got to step 0
     position.ledger["evaluation"] += references(job, run.workdir)
-    fill = [] if cache is None else [CacheWriter(cache, step=0, place=job.place)]
+    fill: list[Consumer] = [run]
+    corpus, psi = "full", None
+    if cache is not None and job.config.cache.path:
+        # Rows of these very weights are what a pass would make; h is the identity until it opens.
+        cache, corpus, psi = job.load_cache(cache, state.params), "corrected", state.corrector.gated
+    elif cache is not None:
+        filled = CacheWriter(cache, step=0, place=job.place)
+        fill.append(filled)
     result = evaluate(
-        job, state.params, step=0, splits=splits(job), also=fill, label="embedding the corpus"
+        job,
+        state.params,
+        step=0,
+        splits=splits(job),
+        corpus=corpus,
+        cache=cache if psi is not None else None,
+        psi=psi,
+        also=fill,
+        label="embedding the corpus",
     )
+    if cache is not None and psi is None:
+        cache = filled.cache
     keep(run, "before", result)
-    position.ledger["initial" if fill else "evaluation"] += result.encoded
-    if not fill:
-        return None
-    position.cache = run.checkpoints.save_cache(fill[0].cache, step=0)
-    return fill[0].cache
+    position.ledger["evaluation" if cache is None else "initial"] += result.encoded
+    if cache is not None:
+        position.cache = save_cache(run, state, cache)
+    return cache
 
 
 def refresh_cache(
@@ -269,11 +396,18 @@ def refresh_cache(
     job, position = run.job, run.position
     fill = CacheWriter(cache, step=position.step, place=job.place)
     with progress("refreshing the cache", job.size, "targets") as advance:
-        encoded = go_over(job.embedder, state.params, np.arange(job.size), [fill], advance)
+        encoded = go_over(job.embedder, state.params, np.arange(job.size), [fill, run], advance)
     position.ledger["refresh"] += encoded
-    position.cache = run.checkpoints.save_cache(fill.cache, step=position.step)
+    position.cache = save_cache(run, state, fill.cache)
     corrector = job.place.put_everywhere(job.init_corrector(position.step))
     return dataclasses.replace(state, corrector=corrector), fill.cache
+
+
+def save_cache(run: Run, state: TrainState, cache: TargetCache) -> dict[str, Any]:
+    """Saves a snapshot that the state's parameters made; returns the reference to it."""
+    run.lock.verify()
+    made_by = {**run.job.made_by, "weights": run.job.weights_digest(state.params)}
+    return run.checkpoints.save_cache(cache, step=run.position.step, made_by=made_by)
 
 
 def is_probe_due(run: Run) -> bool:
@@ -309,13 +443,16 @@ def probe(
     return state
 
 
-def during(run: Run, state: TrainState, cache: TargetCache | None) -> None:
+def during(run: Run, state: TrainState, cache: TargetCache | None) -> float:
     """An evaluation on dev in the middle of training, by `eval.corpus`.
 
     Args:
       run: the run; its ledger counts what was encoded.
       state: the training state.
       cache: the cache, or None.
+
+    Returns:
+      mrr@10, by which the best checkpoint is chosen.
     """
     result = evaluate(
         run.job,
@@ -325,9 +462,11 @@ def during(run: Run, state: TrainState, cache: TargetCache | None) -> None:
         corpus=run.job.config.eval.corpus,
         cache=cache,
         psi=state.corrector.gated,
+        also=[run],
     )
     run.position.ledger["evaluation"] += result.encoded
     run.writer.scalars(run.position.step, result.scalars(run.job.data.name))
+    return float(result.records[run.job.dev_split]["metrics"]["mrr@10"])
 
 
 def after(run: Run, state: TrainState, cache: TargetCache | None) -> None:
@@ -345,6 +484,7 @@ def after(run: Run, state: TrainState, cache: TargetCache | None) -> None:
         splits=splits(run.job),
         cache=cache,
         psi=state.corrector.gated,
+        also=[run],
     )
     run.position.ledger["evaluation"] += result.encoded
     keep(run, "after", result)

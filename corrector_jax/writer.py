@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,18 +16,22 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from corrector_jax import paths
 from corrector_jax.metrics import Mean, means
+from corrector_jax.paths import AnyPath
+from corrector_jax.types import UserError
 
 
 class Writer:
     """Owns the metrics of a run and the terminal.
 
     A row of metrics.jsonl is one JSON object with "step", "seconds" (since the run began, earlier
-    parts of a resumed run included) and some of the metrics.
+    parts of a resumed run included) and some of the metrics. Files that grow are kept on a local
+    disk; those of a workdir on an object store, which cannot append, are copied there by `sync`.
     """
 
     def __init__(
-        self, workdir: Path, *, step: int, size: int, started: float, tensorboard: bool = True
+        self, workdir: AnyPath, *, step: int, size: int, started: float, tensorboard: bool = True
     ) -> None:
         """Opens the files; rows written after the checkpoint that is resumed are dropped.
 
@@ -35,17 +41,34 @@ class Writer:
           size: bytes of metrics.jsonl at that checkpoint.
           started: when the run began, by `time.monotonic()`.
           tensorboard: whether to write events too.
+
+        Raises:
+          UserError: metrics.jsonl is shorter than it was at that checkpoint.
         """
-        self._path = workdir / "metrics.jsonl"
-        self._file = self._path.open("ab")
-        if self._file.tell() > size:
-            self._file.truncate(size)
+        self._workdir, self._started = workdir, started
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        if isinstance(workdir, Path):
+            self._local = workdir
+        else:
+            self._scratch = tempfile.TemporaryDirectory()
+            self._local = Path(self._scratch.name)
+        self._copied: dict[str, tuple[int, float]] = {}
+        path = workdir / "metrics.jsonl"
+        there = path.stat().st_size if path.exists() else 0
+        if there < size:
+            raise UserError(
+                f"{path} has {there:,} bytes but had {size:,} at the checkpoint of step {step:,}: "
+                "put it back or train anew in another --workdir"
+            )
+        if self._scratch is not None and size:
+            (self._local / "metrics.jsonl").write_bytes(path.read_bytes()[:size])
+        self._file = (self._local / "metrics.jsonl").open("ab")
+        self._file.truncate(size)
         self._events = None
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._events = SummaryWriter(str(workdir), purge_step=step + 1 if step else None)
-        self._started = started
+            self._events = SummaryWriter(str(self._local), purge_step=step + 1 if step else None)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Writes one row.
@@ -64,17 +87,35 @@ class Writer:
                 # TensorBoard allows no "@" in a name.
                 self._events.add_scalar(name.replace("@", "_at_"), value, step)
 
-    def size(self) -> int:
-        """Bytes of metrics.jsonl so far."""
+    def sync(self) -> int:
+        """Makes sure that what was written survives this machine.
+
+        Returns:
+          Bytes of metrics.jsonl so far.
+        """
+        os.fsync(self._file.fileno())
+        if self._events is not None:
+            self._events.flush()
+        if self._scratch is not None:
+            for path in sorted(self._local.iterdir()):
+                seen = path.stat()
+                if self._copied.get(path.name) != (seen.st_size, seen.st_mtime):
+                    paths.write(self._workdir / path.name, path.read_bytes())
+                    self._copied[path.name] = (seen.st_size, seen.st_mtime)
         return self._file.tell()
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
         if self._events is not None:
             self._events.close()
+        try:
+            self.sync()
+        finally:
+            self._file.close()
+            if self._scratch is not None:
+                self._scratch.cleanup()
 
 
 class StepLog:
@@ -84,21 +125,36 @@ class StepLog:
     """
 
     def __init__(
-        self, writer: Writer, *, every: int, batch_size: int, seconds: float = 0.0
+        self,
+        writer: Writer,
+        *,
+        every: int,
+        batch_size: int,
+        saved: dict[str, Any],
+        on_skipped: Callable[[int], None],
     ) -> None:
-        """Starts with nothing held.
+        """Starts with what a checkpoint kept.
 
         Args:
           writer: gets the rows.
           every: steps of a row.
           batch_size: B, for examples per second.
-          seconds: spent in training steps before this process.
+          saved: of `state`; empty = a new run.
+          on_skipped: told the number of a step that was skipped, once its metrics are read.
         """
         self._writer, self._every, self._batch = writer, every, batch_size
+        self._on_skipped = on_skipped
         self._held: tuple[int, dict[str, Mean], dict[str, float]] | None = None
-        self._sums: dict[str, Mean] = {}
-        self._steps, self._note = 0, ""
-        self._seconds = self._counted = seconds
+        self._note = ""
+        self._steps: int = saved.get("steps", 0)
+        self._seconds = self._counted = saved.get("counted", 0.0)
+        self._sums = {
+            name: Mean(total, weight) for name, (total, weight) in saved.get("sums", {}).items()
+        }
+
+    def state(self) -> dict[str, Any]:
+        """The row that is not full yet, as JSON; a resumed run goes on with it."""
+        return {"steps": self._steps, "counted": self._counted, "sums": self._sums}
 
     def add(
         self, step: int, measured: dict[str, Mean], values: dict[str, float], seconds: float
@@ -118,11 +174,8 @@ class StepLog:
         self._held, self._seconds = (step, measured, values), seconds
         return note
 
-    def flush(self, *, write: bool = False) -> str:
+    def flush(self) -> str:
         """Reads what is held, waiting for it.
-
-        Args:
-          write: ends the row here, so that nothing is lost with a checkpoint.
 
         Returns:
           A note on the last step read.
@@ -132,9 +185,16 @@ class StepLog:
         step, measured, values = self._held
         self._held = None
         measured = jax.device_get(measured)
+        skipped = measured.pop("skipped")
+        if skipped.total:
+            self._on_skipped(step)
+            measured = {}  # whatever was not finite would make the whole row so
+        measured["skipped"] = skipped
         for name, value in measured.items():
             held = self._sums.get(name, Mean(0.0, 0.0))
-            self._sums[name] = Mean(held.total + value.total, held.weight + value.weight)
+            self._sums[name] = Mean(
+                held.total + float(value.total), held.weight + float(value.weight)
+            )
         self._steps += 1
         now = means(measured)
         self._note = ", ".join(
@@ -142,7 +202,7 @@ class StepLog:
             for name in ("loss", "drift", "corrected_error")
             if name in now
         )
-        if write or step % self._every == 0:
+        if step % self._every == 0:
             rate = self._steps * self._batch / max(self._seconds - self._counted, 1e-9)
             row = {**means(self._sums), **values, "examples_per_second": rate}
             self._writer.scalars(step, {f"train/{name}": value for name, value in row.items()})

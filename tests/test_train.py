@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
-import subprocess
-import sys
+import shutil
 import time
 from pathlib import Path
 
@@ -13,13 +12,14 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks import faults
 from corrector_jax.checkpoint import Checkpoints
 from corrector_jax.job import make_job
+from corrector_jax.lock import Lock
+from corrector_jax.preemption import PreemptedError, Preemption
 from corrector_jax.train import make_batch, train
 from corrector_jax.types import UserError
 from tests import tiny
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(config, workdir: Path) -> dict:
@@ -29,13 +29,19 @@ def run(config, workdir: Path) -> dict:
 
 def final_state(config, workdir: Path) -> dict[str, bytes]:
     """Every leaf of the last checkpoint and its cache, as bytes."""
-    job = make_job(config)
-    checkpoints = Checkpoints(workdir)
-    step = checkpoints.latest()
-    cache = job.empty_cache() if job.uses_cache else None
-    state, cache, _ = checkpoints.resume(job.init_state(), cache, step=step)
+    state, cache, _ = saved(config, workdir)
     leaves, _ = jax.tree_util.tree_flatten_with_path((state, cache))
     return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
+
+
+def saved(config, workdir: Path):
+    """State, cache and position of the last checkpoint."""
+    job = make_job(config)
+    cache = job.empty_cache() if job.uses_cache else None
+    with Checkpoints.readable(workdir) as checkpoints:
+        return checkpoints.resume(
+            job.init_state(), cache, data=job.fingerprint, made_by=job.made_by
+        )
 
 
 def rows(workdir: Path) -> list[dict]:
@@ -119,9 +125,7 @@ def test_every_strategy_runs_and_says_what_it_cost(folder, strategy, passes, cha
 def test_a_refresh_makes_the_cache_fresh_and_resets_the_corrector(folder):
     config = tiny.config(folder, refresh__every=4, train__steps=5, checkpoint__every=5)
     run(config, folder / "reset")
-    job = make_job(config)
-    checkpoints = Checkpoints(folder / "reset")
-    state, cache, position = checkpoints.resume(job.init_state(), job.empty_cache(), step=5)
+    state, cache, position = saved(config, folder / "reset")
     assert position.cache["step"] == 4
     assert set(np.asarray(cache.written_at)[: cache.size]) == {4}
     assert float(state.corrector.gate) == 0.0
@@ -142,55 +146,116 @@ def test_a_snapshot_is_kept_as_long_as_a_checkpoint_refers_to_it(folder):
         folder, refresh__every=4, train__steps=8, checkpoint__every=4, checkpoint__keep=1
     )
     run(config, folder / "kept")
-    job = make_job(config)
-    with Checkpoints(folder / "kept") as checkpoints:
-        _, _, position = checkpoints.resume(job.init_state(), job.empty_cache(), step=8)
+    _, _, position = saved(config, folder / "kept")
     assert position.cache["step"] == 4  # a refresh before step 8 would come after its checkpoint
 
 
-def test_four_steps_killed_and_resumed_equal_eight_bit_for_bit(folder, corrected):
-    config, workdir = tiny.config(folder), folder / "killed"
-    script = f"""
-import os, pathlib, signal, sys, time
-sys.path.insert(0, {str(ROOT)!r})
-from corrector_jax import train
-from tests import tiny
-made = train.make_batch
-def make_batch(job, step):
-    if step == 6:
-        while not any(pathlib.Path({str(workdir)!r}, "checkpoints").glob("4")):
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGKILL)
-    return made(job, step)
-train.make_batch = make_batch
-train.train(tiny.config(pathlib.Path({str(folder)!r})), pathlib.Path({str(workdir)!r}), started=0.0)
-"""
-    process = subprocess.run(
-        [sys.executable, "-c", script], env=os.environ, capture_output=True, timeout=300
+def losses(workdir: Path) -> list[float]:
+    return [row["train/loss"] for row in rows(workdir) if "train/loss" in row]
+
+
+def test_killed_and_terminated_anywhere_it_ends_as_if_nothing_had_happened(tmp_path):
+    done = faults.campaign(tmp_path, kills=1, terms=1, seed=5, say=lambda line: None)
+    assert done.different == []
+    assert done.runs >= 1
+
+
+def test_asked_to_stop_again_and_again_it_ends_as_if_nothing_had_happened(folder, monkeypatch):
+    """In the middle of embedding, refreshing, evaluating, and between steps."""
+    keys = {key.replace(".", "__"): value for key, value in faults.RUN.items()}
+    config = tiny.config(folder, **keys)
+    run(config, folder / "alone")
+    asked, stops = itertools.count(1), 0
+
+    def check(self: Preemption) -> None:
+        if next(asked) % 13 == 0:  # a pass over the corpus asks five times
+            raise PreemptedError("the test")
+
+    monkeypatch.setattr(Preemption, "check", check)
+    while not (folder / "stopped" / "results.json").exists():
+        try:
+            run(config, folder / "stopped")
+        except PreemptedError:
+            stops += 1
+    assert stops >= 3
+    expected, found = faults.outcome(folder / "alone"), faults.outcome(folder / "stopped")
+    assert [key for key in expected if expected[key] != found[key]] == []
+
+
+def test_steps_that_are_not_finite_are_skipped_kept_and_in_the_end_refused(folder, capsys):
+    changes = {
+        "train__learning_rate": 1e30, "train__clip": 0.0, "eval__bm25": False,
+        "train__schedule": "constant", "train__warmup": 0,
+    }  # fmt: skip
+    config = tiny.config(folder, train__max_skipped=2, **changes)
+    with pytest.raises(UserError, match=r"not finite at 3 steps.*max_skipped=2.*learning_rate"):
+        run(config, folder / "overflow")
+    kept = sorted((folder / "overflow" / "skipped").iterdir())
+    assert len(kept) == 3
+    record = json.loads(kept[0].read_text())
+    job = make_job(config)
+    batch = make_batch(job, record["step"] - 1)
+    assert record["positives"] == [job.data.target_ids[row] for row in batch.positive]
+    assert "was skipped" in capsys.readouterr().out
+    # More may be allowed when it is resumed; the parameters are finite all along.
+    more = tiny.config(folder, train__max_skipped=20, **changes)
+    run(more, folder / "overflow")
+    state, _, position = saved(more, folder / "overflow")
+    assert len(position.skipped) > 3
+    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state))
+    measured = [row["train/skipped"] for row in rows(folder / "overflow") if "train/loss" in row]
+    assert sum(measured) == len(position.skipped) or sum(measured) < 8
+
+
+def test_fewer_devices_and_a_smaller_cache_go_on_with_the_run(folder):
+    """8 -> 4 -> 1 devices is the same run but for rounding; a bfloat16 cache trains on."""
+    changes = {
+        "train__schedule": "constant", "train__warmup": 1, "train__learning_rate": 1e-4,
+        "eval__bm25": False, "checkpoint__every": 2,
+    }  # fmt: skip
+    for steps, devices in ((4, 8), (6, 4), (8, 1)):
+        config = tiny.config(folder, train__steps=steps, mesh__devices=devices, **changes)
+        run(config, folder / "shrinking")
+    straight = tiny.config(folder, train__steps=8, mesh__devices=1, **changes)
+    run(straight, folder / "one-device")
+    np.testing.assert_allclose(
+        losses(folder / "shrinking"), losses(folder / "one-device"), rtol=1e-3
     )
-    assert process.returncode == -9, process.stderr.decode()
-    assert not (workdir / "results.json").exists()
-    assert Checkpoints(workdir).latest() == 4
-    run(config, workdir)
-    assert final_state(config, workdir) == final_state(config, corrected)
-    for name in ("before", "after"):
-        runs = [(where / "runs" / f"{name}.trec").read_text() for where in (workdir, corrected)]
-        assert runs[0] == runs[1]
-    losses = [
-        [row["train/loss"] for row in rows(where) if "train/loss" in row]
-        for where in (workdir, corrected)
-    ]
-    assert len(losses[0]) == 8
-    assert losses[0] == losses[1]
-    kinds = [
-        [(row["step"], *sorted(set(row) - {"seconds"})) for row in rows(where)]
-        for where in (workdir, corrected)
-    ]
-    assert kinds[0] == kinds[1]  # no row is lost, none is there twice
-    ledgers = [
-        json.loads((where / "results.json").read_text())["ledger"] for where in (workdir, corrected)
-    ]
-    assert ledgers[0] == ledgers[1]
+    smaller = tiny.config(folder, train__steps=10, cache__dtype="bfloat16", **changes)
+    assert run(smaller, folder / "shrinking")["steps"] == 10
+    assert saved(smaller, folder / "shrinking")[1].embeddings.dtype == "bfloat16"
+    assert np.isfinite(losses(folder / "shrinking")).all()
+
+
+def test_a_snapshot_of_another_run_saves_the_first_pass(folder, corrected):
+    config = tiny.config(folder, cache__path=str(corrected / "cache" / "0"), train__steps=8)
+    results = run(config, folder / "reused")
+    assert results["ledger"]["initial"] == 0
+    assert losses(folder / "reused") == losses(corrected)
+    before = [(where / "eval" / "before.json") for where in (folder / "reused", corrected)]
+    metrics = [json.loads(path.read_text())["metrics"] for path in before]
+    assert metrics[0] == pytest.approx(metrics[1])
+
+
+def test_a_snapshot_of_another_encoder_is_refused_by_field(folder, corrected):
+    path = str(corrected / "cache" / "0")
+    for field, changes in (
+        ("weights", {"seed": 1}),
+        ("pooling", {"model__pooling": "cls"}),
+        ("length", {"data__target_max_len": 12}),
+        ("prefix", {"data__target_prefix": "ba "}),
+    ):
+        config = tiny.config(folder, cache__path=path, eval__bm25=False, **changes)
+        with pytest.raises(UserError, match=rf"made with {field} .* drop --config\.cache\.path"):
+            run(config, folder / f"refused-{field}")
+    config = tiny.config(folder, cache__path=str(folder / "nowhere"), eval__bm25=False)
+    with pytest.raises(UserError, match=r"cache\.path is not a snapshot"):
+        run(config, folder / "refused-nowhere")
+
+
+def test_two_jobs_do_not_share_a_workdir(folder):
+    with Lock(folder / "shared"), pytest.raises(UserError, match="in use by process"):
+        run(tiny.config(folder), folder / "shared")
 
 
 def test_a_finished_run_is_not_trained_again(folder, corrected):
@@ -243,14 +308,17 @@ def test_what_does_not_shape_the_state_may_differ_and_steps_may_grow(folder):
 def test_a_missing_or_damaged_cache_snapshot_is_refused(folder):
     workdir = folder / "damaged"
     run(tiny.config(folder, eval__bm25=False), workdir)
-    (workdir / "cache" / "0").rename(workdir / "cache" / "gone")
-    with pytest.raises(UserError, match=r"cache.0 is missing"):
+    (workdir / "cache" / "0").rename(workdir / "gone")
+    with pytest.raises(UserError, match=r"cache.0.manifest.json cannot be read"):
         run(tiny.config(folder), workdir)
     job = make_job(tiny.config(folder))
-    other = Checkpoints(workdir)
-    other.save_cache(job.empty_cache(), step=0)
-    with pytest.raises(UserError, match="digest"):
+    with Checkpoints.writable(workdir) as other:
+        other.save_cache(job.empty_cache(), step=0, made_by=job.made_by)
+    with pytest.raises(UserError, match="not the one its checkpoint was saved with"):
         run(tiny.config(folder), workdir)
+    shutil.rmtree(workdir / "cache" / "0")
+    (workdir / "gone").rename(workdir / "cache" / "0")  # nothing was thrown away meanwhile
+    assert run(tiny.config(folder), workdir)["steps"] == 8
 
 
 def test_evaluation_during_training_ranks_what_it_was_told_to(folder):

@@ -9,10 +9,10 @@ import base64
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from corrector_jax import paths
+from corrector_jax.paths import AnyPath
 from corrector_jax.ranking import METRICS
 from corrector_jax.report.plots import DARK, LIGHT, PLOTS, Plot, png
 from corrector_jax.report.words import (
@@ -43,7 +43,7 @@ _LEDGER = (
 _LONGEST_TEXT = 1200  # characters of an example; a page is for reading
 
 
-def write_report(workdir: Path) -> Path:
+def write_report(workdir: AnyPath) -> AnyPath:
     """Draws `plots/*.png` and writes `report.html`, each file whole or not at all.
 
     Reads `results.json`, and where they exist `config.json`, `metrics.jsonl` and `examples.json`.

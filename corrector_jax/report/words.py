@@ -6,11 +6,11 @@ import json
 import math
 import textwrap
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from corrector_jax.paths import AnyPath
 from corrector_jax.ranking import METRICS
 from corrector_jax.types import UserError
 
@@ -26,7 +26,7 @@ _SYSTEMS = (
 )
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: AnyPath) -> Any:
     """What a JSON file holds.
 
     Args:
@@ -46,7 +46,7 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not JSON ({error}): put back the one the run wrote.") from None
 
 
-def read_metrics(path: Path) -> tuple[Series, int]:
+def read_metrics(path: AnyPath) -> tuple[Series, int]:
     """The finite numbers of `metrics.jsonl`, as far as its lines can be read.
 
     A killed run can leave half a line, and a resumed one writes some steps again: the last counts.

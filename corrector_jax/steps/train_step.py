@@ -126,7 +126,8 @@ def train_step(
       place: the mesh.
 
     Returns:
-      The next state, the cache, and metrics as sums and counts.
+      The next state, the cache, and metrics as sums and counts. Where the loss, a gradient or the
+      corrector is not finite, `skipped` is 1 and the state differs in its step alone.
     """
     draw_key, uniform_key = jax.random.split(key)
     psi = state.corrector.gated
@@ -168,4 +169,9 @@ def train_step(
                 mse_weight=method.mse_weight, kl_weight=method.kl_weight,
             )  # fmt: skip
             corrector = selection.update_corrector(corrector, pairs, tx=corrector_tx, loss=loss_of)
-    return TrainState(state.step + 1, params, opt_state, corrector), cache, measured
+    new = TrainState(state.step, params, opt_state, corrector)
+    finite = jnp.isfinite(loss + measured["grad_norm"].total + optax.tree.norm(corrector.params))
+    measured["skipped"] = Mean(1.0 - finite.astype(jnp.float32), jnp.float32(1.0))
+    # One batch that overflows must not undo days of training: such a step changes nothing.
+    kept = jax.tree.map(lambda now, before: jnp.where(finite, now, before), new, state)
+    return dataclasses.replace(kept, step=state.step + 1), cache, measured

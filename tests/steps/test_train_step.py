@@ -516,8 +516,44 @@ def test_the_step_learns_and_measures():
     assert state.corrector.gate == 0  # opening it is the probe's business
 
 
+def poisoned(tree):
+    """The tree with one number that is none in its last leaf."""
+    leaves, structure = jax.tree.flatten(jax.tree.map(np.array, tree))
+    leaves[-1].flat[0] = np.nan
+    return jax.tree.unflatten(structure, leaves)
+
+
+@pytest.mark.parametrize("where", ["params", "corrector"])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_step_that_is_not_finite_changes_nothing_but_its_number(where, devices):
+    made = step_of("own", devices)
+    state, cache = made.start(psi=3)
+    corrector = state.corrector.replace(params=poisoned(state.corrector.params))
+    state = {
+        "params": state.replace(params=poisoned(state.params)),
+        "corrector": state.replace(corrector=corrector),
+    }[where]
+    before = jax.tree.map(np.array, state)
+    state, cache, measured = made.compiled(
+        made.place.put_everywhere(before), cache,
+        made.tokens, made.batch(0), made.key(0), made.number(0),
+    )  # fmt: skip
+    assert metrics.means(measured)["skipped"] == 1
+    assert state.step == before.step + 1
+    assert equal(state.replace(step=before.step), before)
+
+
+def test_a_step_that_is_finite_is_not_skipped():
+    measured = step_of("own", 1).run(steps=2)[2]
+    assert [of_step["skipped"] for of_step in measured] == [0, 0]
+
+
 def equal(a, b):
-    return all(np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+    return all(_same(x, y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+
+
+def _same(x, y):
+    return np.array_equal(x, y, equal_nan=jnp.issubdtype(x.dtype, jnp.inexact))
 
 
 def test_the_two_updates_leave_each_other_alone():

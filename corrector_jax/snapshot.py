@@ -1,0 +1,274 @@
+"""Snapshots of the cache on disk: rows in safetensors files, and a manifest that vouches for them.
+
+    manifest.json              what made the rows, which rows lie where, sha256 of every file
+    rows-FIRST.safetensors     "embeddings" [n, D], "written_at" [n], and "scale" [n] where used
+
+Files hold whole rows of the corpus in order, without padding, so that any mesh, device count and
+storage dtype can read them. The manifest is written last: a folder without one is no snapshot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import PurePath
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from corrector_jax import paths
+from corrector_jax.cache import TargetCache
+from corrector_jax.paths import AnyPath
+from corrector_jax.types import UserError
+
+FORMAT = 1
+FILE_BYTES = 256 << 20
+"""A file holds no more: it is what a host needs at once for writing and for reading."""
+
+_DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "I8": np.int8, "I32": np.int32}
+
+
+class DamagedError(Exception):
+    """Something saved is missing or no longer what was saved; says what, and no remedy."""
+
+
+def save(
+    folder: AnyPath, cache: TargetCache, *, step: int, made_by: dict[str, Any]
+) -> dict[str, Any]:
+    """Writes a snapshot; when this returns, it can be referred to.
+
+    Args:
+      folder: what is there goes: it was left by a run cut off before it could refer to it.
+      cache: the cache, [rows, D] split by row; it may be donated afterwards.
+      step: the step before which it was made.
+      made_by: field -> word or number, everything the rows depend on.
+
+    Returns:
+      The reference that `load` takes: step, and sha256 of the manifest.
+    """
+    paths.remove(folder)
+    files = []
+    for start, rows in _pieces(cache):
+        content = safetensors.numpy.save(rows)
+        name = f"rows-{start:012d}.safetensors"
+        paths.write(folder / name, content)
+        files.append(
+            {
+                "file": name,
+                "start": start,
+                "stop": start + len(rows["written_at"]),
+                "bytes": len(content),
+                "sha256": hashlib.sha256(content).hexdigest(),
+            }
+        )
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "size": cache.size,
+        "dim": cache.embeddings.shape[1],
+        "dtype": str(cache.embeddings.dtype),
+        "made_by": made_by,
+        "files": files,
+    }
+    text = json.dumps(manifest, indent=2) + "\n"
+    paths.write(folder / "manifest.json", text)
+    return {"step": step, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def load(
+    folder: AnyPath,
+    like: TargetCache,
+    *,
+    made_by: dict[str, Any],
+    sha256: str = "",
+    remedy: str,
+) -> TargetCache:
+    """Reads a snapshot onto any mesh, into any storage dtype.
+
+    Args:
+      folder: of `save`.
+      like: a cache of the wanted shape, dtype and sharding; it is not touched.
+      made_by: the fields the rows must agree with; a field that is not named here may differ.
+      sha256: of the manifest, where it is known.
+      remedy: ends the sentence of a refusal: what to write instead.
+
+    Returns:
+      The cache.
+
+    Raises:
+      UserError: it is of another encoder or corpus: the message names the field.
+      DamagedError: it is missing or not what was saved.
+    """
+    manifest = read_manifest(folder, sha256=sha256)
+    expected = {"size": like.size, "dim": like.embeddings.shape[1]} | made_by
+    there = {"size": manifest["size"], "dim": manifest["dim"]} | manifest["made_by"]
+    for field, value in expected.items():
+        if there.get(field) != value:
+            raise UserError(
+                f"{folder} was made with {field} {there.get(field)!r} but this run has {value!r}: "
+                f"{remedy}"
+            )
+    reader = _Reader(folder, manifest["files"])
+    sharding = like.embeddings.sharding
+    indices = sharding.addressable_devices_indices_map(like.embeddings.shape)
+    parts: dict[str, list[jax.Array]] = {}
+    for device, index in indices.items():
+        assert index is not None
+        start, stop, _ = index[0].indices(like.embeddings.shape[0])
+        for name, rows in _share(reader, like, start, stop).items():
+            parts.setdefault(name, []).append(jax.device_put(rows, device))
+
+    def whole(name: str, of: Any) -> Any:
+        if of is None:
+            return None
+        return jax.make_array_from_single_device_arrays(of.shape, of.sharding, parts[name])
+
+    return TargetCache(
+        embeddings=whole("embeddings", like.embeddings),
+        scale=whole("scale", like.scale),
+        written_at=whole("written_at", like.written_at),
+        size=like.size,
+    )
+
+
+def read_manifest(folder: AnyPath, *, sha256: str = "") -> dict[str, Any]:
+    """The manifest of a snapshot.
+
+    Args:
+      folder: of `save`.
+      sha256: what it must hash to; empty = not known.
+
+    Raises:
+      UserError: it is of a format this version does not read.
+      DamagedError: it is missing or not what was saved.
+    """
+    path = folder / "manifest.json"
+    try:
+        content = path.read_bytes()
+        manifest: dict[str, Any] = json.loads(content)
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise DamagedError(f"{path} is not JSON") from error
+    if sha256 and hashlib.sha256(content).hexdigest() != sha256:
+        raise DamagedError(f"{path} is not the one its checkpoint was saved with")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        raise UserError(
+            f"{path} has format {found!r} and this version reads {FORMAT}: use the version of "
+            "corrector_jax that wrote it"
+        )
+    _check_files(path, manifest)
+    return manifest
+
+
+def _check_files(path: AnyPath, manifest: dict[str, Any]) -> None:
+    """The files must hold every row once, and lie in the folder itself."""
+    try:
+        stops = [0, *(entry["stop"] for entry in manifest["files"])]
+        starts = [*(entry["start"] for entry in manifest["files"]), manifest["size"]]
+        plain = all(entry["file"] == PurePath(entry["file"]).name for entry in manifest["files"])
+        whole = starts == stops and {"step", "dim", "dtype", "made_by"} <= manifest.keys()
+    except (KeyError, TypeError) as error:
+        raise DamagedError(f"{path} lacks {error}") from error
+    if not (plain and whole):
+        raise DamagedError(f"{path} does not name files of its own for every row")
+
+
+def check(folder: AnyPath, *, sha256: str = "") -> Iterator[tuple[str, int, str]]:
+    """Reads every file of a snapshot and holds it against the manifest.
+
+    Args:
+      folder: of `save`.
+      sha256: of the manifest, where it is known.
+
+    Yields:
+      (file, its bytes, what is wrong with it or "").
+    """
+    files = read_manifest(folder, sha256=sha256)["files"]
+    reader = _Reader(folder, files)
+    for number, entry in enumerate(files):
+        try:
+            reader.read(number)
+            problem = ""
+        except DamagedError as error:
+            problem = str(error)
+        yield entry["file"], entry["bytes"], problem
+
+
+class _Reader:
+    """Files of a snapshot, each read whole and held against its sha256; the last one is kept."""
+
+    def __init__(self, folder: AnyPath, files: list[dict[str, Any]]) -> None:
+        self._folder, self.files = folder, files
+        self._held: tuple[int, dict[str, np.ndarray]] = (-1, {})
+
+    def read(self, number: int) -> dict[str, np.ndarray]:
+        if self._held[0] == number:
+            return self._held[1]
+        entry = self.files[number]
+        path = self._folder / entry["file"]
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise DamagedError(f"{path} cannot be read ({error.strerror or error})") from error
+        # Before anything in it is looked at.
+        if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+            raise DamagedError(f"{path} is not what was saved: its sha256 differs")
+        tensors = {
+            name: np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
+            for name, tensor in safetensors.deserialize(content)
+        }
+        if any(len(rows) != entry["stop"] - entry["start"] for rows in tensors.values()):
+            raise DamagedError(f"{path} holds another number of rows than its manifest says")
+        self._held = (number, tensors)
+        return tensors
+
+
+def _pieces(cache: TargetCache) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """(first row, arrays of some rows) of all targets in order, of at most FILE_BYTES each."""
+    arrays = {
+        "embeddings": cache.embeddings,
+        "scale": cache.scale,
+        "written_at": cache.written_at,
+    }
+    held = {name: _shards(array) for name, array in arrays.items() if array is not None}
+    row_bytes = cache.embeddings.dtype.itemsize * cache.embeddings.shape[1] + 8
+    most = max(1, FILE_BYTES // row_bytes)
+    for start in sorted(held["embeddings"]):
+        count = min(held["embeddings"][start].shape[0], cache.size - start)
+        for at in range(0, count, most):
+            stop = min(at + most, count)
+            # A copy: a live view would make the next donation of the cache copy it, silently.
+            rows = {name: np.array(shards[start][at:stop]) for name, shards in held.items()}
+            yield start + at, rows
+
+
+def _shards(array: jax.Array) -> dict[int, jax.Array]:
+    """First row -> the rows a device holds."""
+    return {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+
+
+def _share(reader: _Reader, like: TargetCache, start: int, stop: int) -> dict[str, np.ndarray]:
+    """Rows [start, stop) of a padded cache, as one device holds them; padding is never written."""
+    rows = stop - start
+    share: dict[str, np.ndarray] = {
+        "embeddings": np.zeros((rows, like.embeddings.shape[1]), like.embeddings.dtype),
+        "written_at": np.full(rows, -1, np.int32),
+    }
+    if like.scale is not None:
+        share["scale"] = np.ones(rows, np.float32)
+    for number, entry in enumerate(reader.files):
+        first, last = max(start, entry["start"]), min(stop, entry["stop"])
+        if first >= last:
+            continue
+        for name, array in reader.read(number).items():
+            if name in share:
+                part = array[first - entry["start"] : last - entry["start"]]
+                share[name][first - start : last - start] = part.astype(share[name].dtype)
+    return share
