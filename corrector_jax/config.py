@@ -17,6 +17,10 @@ from corrector_jax.types import UserError
 
 WORDS: dict[str, tuple[str, ...]] = {
     "strategy": tuple(STRATEGIES),
+    "data.layout": (
+        *("", "beir", "msmarco", "dpr", "tevatron", "flag_embedding", "fid", "columns"),
+        "text_files",
+    ),
     "data.eval_split": ("auto", "dev", "test"),
     "model.pooling": ("", "mean", "cls"),
     "model.normalize": ("", "yes", "no"),
@@ -38,6 +42,9 @@ FREE = (
     "search.",
     "mesh.",
     "cache.",
+    "data.cache_dir",
+    "data.layout",
+    "data.max_bad_rows",
     "train.max_skipped",
 )
 """Keys that do not shape the training state: they may differ when a run is resumed."""
@@ -54,8 +61,11 @@ def default() -> ConfigDict:
     c.strategy = "corrected"  # in_batch | uniform | stale | corrected | refreshed
 
     c.data = ConfigDict()
-    c.data.path = ""  # a BEIR folder; empty = Python functions of the installed packages
-    c.data.target_template = "{title} {text}"  # how a BEIR title and text become one target
+    c.data.path = ""  # a folder or file; empty = Python functions of the installed packages
+    c.data.layout = ""  # how it is laid out (docs/data.md); empty = look, and say
+    c.data.max_bad_rows = 0  # rows of the source that may be skipped; one more is an error
+    c.data.cache_dir = ""  # texts and tokens, made once; empty = corrector_jax in ~/.cache
+    c.data.target_template = "{title} {text}"  # how a title and a text become one target
     c.data.query_prefix = ""  # put before every query, as E5 and BGE models ask for
     c.data.target_prefix = ""  # put before every target
     c.data.query_max_len = 32  # tokens of a query, special tokens included
@@ -282,6 +292,7 @@ def refuse_other_run(config: ConfigDict, saved: ConfigDict, workdir: str) -> Non
 
 _LEAST = {
     "seed": 0,
+    "data.max_bad_rows": 0,
     "data.max_targets": 0,
     "data.max_queries": 0,
     "data.query_max_len": 3,

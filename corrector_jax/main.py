@@ -1,7 +1,7 @@
 """Trains and evaluates dense retrievers with a corrected softmax over a stale cache.
 
   python -m corrector_jax.main --config=configs/quickstart.py
-  python -m corrector_jax.main --config=configs/beir.py --config.data.path=DIR --workdir=runs/mine
+  python -m corrector_jax.main --config=configs/own.py --config.data.path=DIR --workdir=runs/mine
   python -m corrector_jax.main --mode=evaluate --workdir=runs/mine
 
 Flags:
@@ -9,13 +9,15 @@ Flags:
   --config.KEY=VALUE    sets one key
   --workdir=DIR         where everything goes; an existing one is resumed (runs/<config's name>)
   --mode=train          train, evaluating before and after; leaves results.json and report.html
+  --mode=check_data     what is in the data; exits 1 where training would be wrong
   --mode=evaluate       evaluate a checkpoint of --workdir; leaves eval/NAME.json
   --name=NAME           of that evaluation (SPLIT-step-STEP)
   --step=STEP           which checkpoint (the newest)
   --mode=inspect        show what --workdir holds and check it against its digests
 
-Exit codes: 0 done; 1 inspect found damage; 2 something to mend, said in one sentence; 75 asked to
-stop (SIGTERM, Ctrl-C, maintenance) and saved: the same command goes on; 143 or 130 a second signal.
+Exit codes: 0 done; 1 inspect found damage, or check_data what makes training wrong; 2 something to
+mend, said in one sentence; 75 asked to stop (SIGTERM, Ctrl-C, maintenance) and saved: the same
+command goes on; 143 or 130 a second signal.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ import re  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from absl import app, flags, logging  # noqa: E402
-from ml_collections import config_flags  # noqa: E402
+from ml_collections import ConfigDict, config_flags  # noqa: E402
 
 from corrector_jax import config as configs  # noqa: E402
 from corrector_jax import paths  # noqa: E402
@@ -54,7 +56,12 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # what libraries tell of themselves helps nobody
     if len(argv) > 1:
         raise UserError(f"{argv[1]!r} is not a flag: see --help")
-    modes = {"train": _train, "evaluate": _evaluate, "inspect": _inspect}
+    modes = {
+        "train": _train,
+        "evaluate": _evaluate,
+        "check_data": _check_data,
+        "inspect": _inspect,
+    }
     if _MODE.value not in modes:
         raise UserError(f"--mode is {_MODE.value!r}: write {', '.join(modes)}")
     modes[_MODE.value]()
@@ -98,11 +105,22 @@ def usage() -> str:
 def _train() -> None:
     from corrector_jax.train import train
 
+    train(*_config_and_workdir(), started=_STARTED)
+
+
+def _check_data() -> None:
+    from corrector_jax.check_data import check_data
+
+    if not check_data(*_config_and_workdir()):
+        sys.exit(1)
+
+
+def _config_and_workdir() -> tuple[ConfigDict, AnyPath]:
     if _CONFIG.value is None:
         raise UserError("--config is missing: write --config=configs/quickstart.py, or see --help")
     configs.validate(_CONFIG.value)
     name = Path(config_flags.get_config_filename(flags.FLAGS[_CONFIG.name])).stem
-    train(_CONFIG.value, paths.make(_WORKDIR.value or f"runs/{name}"), started=_STARTED)
+    return _CONFIG.value, paths.make(_WORKDIR.value or f"runs/{name}")
 
 
 def _evaluate() -> None:

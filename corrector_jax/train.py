@@ -8,6 +8,7 @@ steps, wherever it is, and what was due and not done is done by the run that goe
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -156,7 +157,13 @@ def loop(
     # All at once: computed in the loop, each would queue behind the step and wait for it.
     updates = np.arange(config.train.steps // config.train.accumulate)
     rates = np.asarray(jax.vmap(job.learning_rate)(updates))
-    with progress("training", config.train.steps, "steps", done=position.step) as advance:
+    batches = order.ahead(
+        lambda step: place_batch(job, step), range(position.step, config.train.steps)
+    )
+    with (
+        contextlib.closing(batches),
+        progress("training", config.train.steps, "steps", done=position.step) as advance,
+    ):
         while True:
             step = position.step
             try:
@@ -169,7 +176,7 @@ def loop(
             if cache is not None and is_probe_due(run):
                 state = probe(run, probe_fn, state, cache)
             entered = time.monotonic()
-            batch = jax.device_put(make_batch(job, step), job.place.rows)
+            batch = next(batches)
             key = job.place.put_everywhere(rng.key(config.seed, "step", step))
             # Nothing moves between host and device unasked: a step that waits is a bug.
             with jax.transfer_guard("disallow"):
@@ -311,6 +318,12 @@ def compile_steps(job: Job) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return step_fn, probe_fn
 
 
+def place_batch(job: Job, step: int) -> Batch:
+    """The batch of a step on the devices, its first axis split over them."""
+    placed: Batch = jax.device_put(make_batch(job, step), job.place.rows)
+    return placed
+
+
 def make_batch(job: Job, step: int) -> Batch:
     """The batch of a step on the host: a function of the seed and the step alone."""
     return order.make_batch(
@@ -320,6 +333,8 @@ def make_batch(job: Job, step: int) -> Batch:
         known=job.known,
         batch_size=job.config.train.batch_size,
         seed=job.config.seed,
+        lengths=job.query_lengths,
+        widths=job.query_widths,
     )
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from corrector_jax.data.tables import digest
 from corrector_jax.types import UserError
 
 SPLITS = ("train", "dev", "test")
@@ -25,12 +26,40 @@ class Split(NamedTuple):
       texts: n texts.
       positives: n arrays int32, the sorted unique rows of the query's known positives, one or more.
       grades: n arrays int32, parallel to `positives`; 1 in data without grades.
+      negatives: n arrays int32, rows of the query's hard negatives, none of them a known positive;
+        empty where the source has none for any query.
+      answers: n lists of short answers; empty where the source has none for any query.
     """
 
-    query_ids: list[str]
-    texts: list[str]
-    positives: list[np.ndarray]
-    grades: list[np.ndarray]
+    query_ids: Sequence[str]
+    texts: Sequence[str]
+    positives: Sequence[np.ndarray]
+    grades: Sequence[np.ndarray]
+    negatives: Sequence[np.ndarray] = ()
+    answers: Sequence[Sequence[str]] = ()
+
+
+class Refused(NamedTuple):
+    """A row that was skipped: what kind of mistake it is, and the sentence about it."""
+
+    kind: str
+    message: str
+
+
+class Reading(NamedTuple):
+    """What happened while a source was read.
+
+    Attributes:
+      layout: the word of config.data.layout.
+      rows: of all files together, refused ones included.
+      refused: the rows that were skipped.
+      without_positives: split -> queries that were left out since nothing is positive for them.
+    """
+
+    layout: str
+    rows: int
+    refused: tuple[Refused, ...]
+    without_positives: dict[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,15 +68,17 @@ class RetrievalData:
 
     Attributes:
       name: a word for reports and file names.
-      target_ids: N unique ids; a target's row is its place in this list.
+      target_ids: N unique ids; a target's row is its place here. Large corpora stay on the disk.
       target_texts: N texts, as they are tokenized.
       splits: `train`, `dev`, `test`, as far as the source has them; none is empty.
+      reading: what happened while the source was read; None for data that was made.
     """
 
     name: str
-    target_ids: list[str]
-    target_texts: list[str]
+    target_ids: Sequence[str]
+    target_texts: Sequence[str]
     splits: dict[str, Split]
+    reading: Reading | None = None
 
     def known_positives(self, split: str) -> np.ndarray:
         """K_i of every query of a split: [n, K] int32, K the largest count there, -1 pads."""
@@ -59,13 +90,7 @@ class RetrievalData:
 
     def fingerprint(self) -> str:
         """Sha256, in hex, of the corpus: every id and text, in order."""
-        digest = hashlib.sha256()
-        for pair in zip(self.target_ids, self.target_texts, strict=True):
-            for text in pair:
-                content = text.encode()
-                digest.update(len(content).to_bytes(8, "little"))
-                digest.update(content)
-        return digest.hexdigest()
+        return hashlib.sha256(digest(self.target_ids) + digest(self.target_texts)).hexdigest()
 
 
 def eval_split(data: RetrievalData, wanted: str = "auto") -> str:
@@ -86,7 +111,8 @@ def eval_split(data: RetrievalData, wanted: str = "auto") -> str:
     asked = "a test or dev split" if wanted == "auto" else f"a {wanted} split"
     raise UserError(
         f"{data.name} has no queries for {asked}, which the evaluation needs; "
-        f"it has: {', '.join(data.splits) or 'no split at all'}."
+        f"it has: {', '.join(data.splits) or 'no split at all'}; add one, such as dev.jsonl or "
+        "qrels/dev.tsv."
     )
 
 
@@ -147,6 +173,8 @@ def _keep_queries(split: Split, rows: Sequence[int]) -> Split:
         texts=[split.texts[row] for row in rows],
         positives=[split.positives[row] for row in rows],
         grades=[split.grades[row] for row in rows],
+        negatives=[split.negatives[row] for row in rows] if len(split.negatives) else (),
+        answers=[split.answers[row] for row in rows] if len(split.answers) else (),
     )
 
 
@@ -159,6 +187,7 @@ def _keep_targets(data: RetrievalData, rows: np.ndarray) -> RetrievalData:
         split = split._replace(
             positives=[kept[kept >= 0] for kept in judged],
             grades=[grades[kept >= 0] for grades, kept in zip(split.grades, judged, strict=True)],
+            negatives=[kept[kept >= 0] for kept in (new_row[rows] for rows in split.negatives)],
         )
         split = _keep_queries(split, [i for i, kept in enumerate(split.positives) if len(kept)])
         if split.query_ids:

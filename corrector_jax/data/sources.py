@@ -2,35 +2,121 @@
 
 from __future__ import annotations
 
-from corrector_jax.data import beir, code_search
+import os
+from pathlib import Path
+from typing import Any
+
+from corrector_jax import paths
+from corrector_jax.data import code_search, prepared
 from corrector_jax.data.dataset import RetrievalData, render_target, subset
+from corrector_jax.data.layouts import inline
+from corrector_jax.data.layouts.beir import Beir
+from corrector_jax.data.layouts.msmarco import MsMarco
+from corrector_jax.data.layouts.text_files import TextFiles
+from corrector_jax.data.rows import Reader
+from corrector_jax.paths import AnyPath
 from corrector_jax.types import UserError
+from corrector_jax.writer import say
+
+LAYOUTS: dict[str, type[Any]] = {
+    layout.layout: layout for layout in (Beir, MsMarco, *inline.ALL, TextFiles)
+}
+"""Word of config.data.layout -> what reads it."""
 
 
 def load(
     path: str,
     *,
+    layout: str = "",
     target_template: str = "{title} {text}",
     max_targets: int = 0,
     max_queries: int = 0,
+    cache_dir: str = "",
+    max_bad_rows: int = 0,
 ) -> RetrievalData:
     """Reads a data source, and cuts it to size where asked.
 
     Args:
-      path: a folder in BEIR layout; '' for the embedded code search data.
+      path: a folder or file in one of the layouts; '' for the embedded code search data.
+      layout: one of `LAYOUTS`, '' to look which one it is.
       target_template: how a target's text is made of its `{title}` and `{text}`.
       max_targets: keep that many targets, 0 for all; see `subset`.
       max_queries: keep that many queries of dev and of test each, 0 for all.
+      cache_dir: see `cache_folder`.
+      max_bad_rows: how many bad rows are skipped; one more is an error.
 
     Raises:
       UserError: something is wrong with the source or the template, or the cut leaves nothing.
     """
     _check_template(target_template)
     if path:
-        data = beir.read(path, target_template=target_template)
+        place = _resolve(path)
+        data = prepared.prepare(
+            find_reader(place, layout),
+            name=place.name.split(".")[0] if place.is_file() else place.name,
+            target_template=target_template,
+            folder=cache_folder(cache_dir) / "data",
+            max_bad_rows=max_bad_rows,
+        )
     else:
         data = code_search.build(target_template=target_template)
     return subset(data, max_targets=max_targets, max_queries=max_queries)
+
+
+def find_reader(path: AnyPath, layout: str = "") -> Reader:
+    """The reader of a source.
+
+    Args:
+      path: a folder or file that exists.
+      layout: one of `LAYOUTS`, '' to look which one it is, and say so.
+
+    Raises:
+      UserError: it looks like no layout or like several, or lacks a file of its layout.
+    """
+    if layout:
+        reader: Reader = LAYOUTS[layout](path)
+        return reader
+    found = [name for name, kind in LAYOUTS.items() if kind.found_in(path)]
+    if not found:
+        raise UserError(
+            f"{path} is in none of the layouts {', '.join(LAYOUTS)}: write which one it should be "
+            "in config.data.layout to see what is missing."
+        )
+    if len(found) > 1:
+        raise UserError(
+            f"{path} can be read as {' and as '.join(found)}: write which one in "
+            "config.data.layout."
+        )
+    say(f"{path} is read as {found[0]} (config.data.layout)")
+    return find_reader(path, found[0])
+
+
+def cache_folder(cache_dir: str) -> Path:
+    """Where what is prepared once is kept.
+
+    Args:
+      cache_dir: a local folder; '' = corrector_jax in the user's cache folder.
+
+    Raises:
+      UserError: it is not on a local disk: the tables are read in place.
+    """
+    place = paths.make(cache_dir or os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if not isinstance(place, Path):
+        raise UserError(
+            f"config.data.cache_dir={cache_dir!r} is not a local folder: write one on a disk of "
+            "this machine."
+        )
+    return place if cache_dir else place / "corrector_jax"
+
+
+def _resolve(path: str) -> AnyPath:
+    place = paths.make(path)
+    if not place.exists():
+        raise UserError(
+            f"data.path={path!r} is not a folder or a file: write one that holds your data, or '' "
+            "for the embedded data."
+        )
+    return place
 
 
 def _check_template(template: str) -> None:

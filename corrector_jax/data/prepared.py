@@ -1,0 +1,457 @@
+"""Any source, prepared once: tables on the local disk that `RetrievalData` reads in place.
+
+A source is known by the content of its files. Its targets are written shard by shard: a process
+that is killed loses the shard it was at, and the next one goes on behind those before it. What is
+kept of a target in memory is two hashes of 64 bits, by which judgements find it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from corrector_jax import paths
+from corrector_jax.data.dataset import Reading, Refused, RetrievalData, Split, render_target
+from corrector_jax.data.rows import Judged, Query, Reader, Rows, Target
+from corrector_jax.data.tables import Appender, Numbers, Texts
+from corrector_jax.paths import AnyPath
+from corrector_jax.types import UserError
+from corrector_jax.writer import progress, say
+
+SHARD = 2**16
+"""Targets written at once: what is lost with a killed process, and held in memory."""
+
+_FORMAT = 1  # one more whenever the tables change
+_SHOWN = 64  # MiB of files from which on progress is shown
+
+
+def prepare(
+    reader: Reader, *, name: str, target_template: str, folder: Path, max_bad_rows: int = 0
+) -> RetrievalData:
+    """Reads a source, unless that was done before, and opens what was read.
+
+    Args:
+      reader: the source.
+      name: of the data.
+      target_template: how a target's text is made of its `{title}` and `{text}`.
+      folder: where prepared sources are kept, on a local disk.
+      max_bad_rows: how many bad rows are skipped; one more is an error.
+
+    Returns:
+      The data; its texts stay on the disk.
+
+    Raises:
+      UserError: a row is bad, or the disk is too small; what was written stays, and is used.
+    """
+    place = folder / _fingerprint(reader, target_template)[:32]
+    with writing(place):
+        if not (place / "manifest.json").exists():
+            needed = sum(path.stat().st_size for path in reader.files)
+            enough_disk(place, needed, "the texts")
+            with _shown("reading", reader.files) as advance:
+                rows = Rows(max_bad_rows, advance)
+                _build(reader, place, target_template, rows)
+    data = _open(place, name)
+    assert data.reading is not None
+    refused = data.reading.refused
+    if len(refused) > max_bad_rows:  # prepared when more were allowed
+        raise UserError(refused[max_bad_rows].message)
+    if refused:
+        say(f"{name}: skipped {len(refused):,} bad row(s); the first: {refused[0].message}")
+    for split, count in data.reading.without_positives.items():
+        if count:
+            say(f"{name}: left out {count:,} {split} queries that have no positive")
+    return data
+
+
+@contextlib.contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """While a folder of the cache is filled: no other process fills it, and errors are explained.
+
+    Args:
+      place: the folder; made if it is not there.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with (place / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"waiting for another process that fills {place}")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        raise UserError(
+            f"{place} cannot be written ({error.strerror or error}): free some of that disk, or "
+            "name a folder on another in config.data.cache_dir; what is whole there is kept."
+        ) from error
+
+
+def enough_disk(place: Path, needed: int, what: str) -> None:
+    """Refuses to begin what the disk cannot hold.
+
+    Args:
+      place: a folder on it.
+      needed: bytes.
+      what: is to be written, in words.
+
+    Raises:
+      UserError: how much is needed and how much is there.
+    """
+    free = paths.free_bytes(place)
+    if free is not None and free < needed:
+        raise UserError(
+            f"{place}: {what} need {needed / 1e9:.1f} GB but the disk has {free / 1e9:.1f} GB "
+            "left: free some, or name a folder on another disk in config.data.cache_dir."
+        )
+
+
+class _Index:
+    """Row numbers by 64-bit key: sorted arrays, merged as they grow; 12 bytes a row."""
+
+    def __init__(self) -> None:
+        self._levels: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def add(self, keys: np.ndarray, first: int) -> None:
+        """Adds [n] uint64 keys of the rows from `first` on."""
+        rows = np.arange(first, first + len(keys), dtype=np.int32)
+        while self._levels and len(self._levels[-1][0]) <= 2 * len(keys):
+            before = self._levels.pop()
+            keys, rows = np.concatenate([before[0], keys]), np.concatenate([before[1], rows])
+        order = np.argsort(keys, kind="stable")  # of equal keys the first row stays in front
+        self._levels.append((keys[order], rows[order]))
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """[n] uint64 keys -> [n] int32, the first row that has the key; -1 = none has."""
+        found = np.full(len(keys), -1, np.int32)
+        for level, rows in reversed(self._levels):  # the oldest last: its rows come first
+            if len(level):
+                at = np.minimum(np.searchsorted(level, keys), len(level) - 1)
+                found = np.where(level[at] == keys, rows[at], found)
+        return found
+
+    def find_one(self, key: int) -> int:
+        """The first row that has the key, -1 = none has."""
+        return int(self.find(np.array([key], np.uint64))[0])
+
+
+class _Targets:
+    """The tables of targets while they are written, and what finds a target in them."""
+
+    def __init__(self, place: Path, template: str, rows: Rows) -> None:
+        self._place, self._template, self._rows = place, template, rows
+        file = place / "progress.json"
+        state: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        self._size: int = state.get("size", 0)
+        self._taken: int = state.get("taken", 0)
+        self._whole: bool = state.get("whole", False)
+        self._tables = {
+            name: Appender(place / name, state.get(name, (0, 0)))
+            for name in ("target_ids", "target_texts", "target_keys")
+        }
+        self._names, self._contents = _Index(), _Index()
+        rows.refused |= {where: Refused(*one) for where, one in state.get("refused", {}).items()}
+        if self._whole:
+            rows.total = state["rows"]
+        if self._size:
+            say(f"{self._size:,} targets were read before: going on behind them")
+            keys = np.fromfile(place / "target_keys.data", np.uint64).reshape(-1, 2)
+            self._names.add(keys[:, 0], 0)
+            self._contents.add(keys[:, 1], 0)
+        # Of passages that stand in queries: id -> (row, text), and text -> row, all by key.
+        self._new_names: dict[int, tuple[int, int]] = {}
+        self._new_contents: dict[int, int] = {}
+        self._pending: list[tuple[str, str]] = []
+
+    def __enter__(self) -> _Targets:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for table in self._tables.values():
+            table.close()
+
+    def read(self, reader: Reader) -> None:
+        """Writes the corpus, shard by shard."""
+        if self._whole:
+            return
+        shard: dict[int, tuple[str, str, str]] = {}
+        count = 0
+        for count, target in enumerate(reader.targets(self._rows), 1):
+            if count <= self._taken:
+                continue  # its shard is there
+            key = _key(target.id)
+            if key in shard:
+                self._refuse_twice(target.where, target.id)
+            else:
+                try:
+                    shard[key] = target.where, target.id, self._render(target)
+                except UserError as error:
+                    self._rows.refuse(target.where, error, "empty text")
+            if len(shard) == SHARD:
+                self._write_corpus(shard, count, whole=False)
+                shard = {}
+        self._write_corpus(shard, count, whole=True)
+
+    def row(self, judged: Judged) -> int:
+        """The row of a judged target; one whose content stands in the judgement is added.
+
+        Raises:
+          UserError: nobody has its id, its text is empty, or its id had another text before.
+        """
+        name = _key(judged.id)
+        if judged.id and name not in self._new_names:
+            row = self._names.find_one(name)
+            if row >= 0:
+                return row
+        if judged.content is None:
+            raise UserError(
+                f"{judged.where}: target {judged.id!r} is not in the corpus: add it there."
+            )
+        text = self._render(judged.content)
+        content = _key(text)
+        if judged.id and name in self._new_names:
+            row, held = self._new_names[name]
+            if held != content:
+                raise UserError(
+                    f"{judged.where}: the passage {judged.id!r} had another text above: give each "
+                    "text an id of its own."
+                )
+            return row
+        if not judged.id:
+            row = self._contents.find_one(content)
+            row = self._new_contents.get(content, -1) if row < 0 else row
+            if row >= 0:
+                return row
+        row = self._size + len(self._pending)
+        self._pending.append((judged.id or f"p{content:016x}", text))
+        self._new_contents.setdefault(content, row)
+        if judged.id:
+            self._new_names[name] = row, content
+        if len(self._pending) == SHARD:
+            self._write(self._pending)
+            self._pending = []
+        return row
+
+    def finish(self) -> None:
+        """Writes what is left."""
+        self._write(self._pending)
+        for table in self._tables.values():
+            table.commit()
+
+    def _write_corpus(
+        self, shard: dict[int, tuple[str, str, str]], taken: int, *, whole: bool
+    ) -> None:
+        keys = list(shard)
+        before = self._names.find(np.array(keys, np.uint64)) >= 0
+        for key, twice in zip(keys, before.tolist(), strict=True):
+            if twice:
+                where, name, _ = shard.pop(key)
+                self._refuse_twice(where, name)
+        written = self._write([(name, text) for _, name, text in shard.values()])
+        self._names.add(written[:, 0], self._size - len(written))
+        self._contents.add(written[:, 1], self._size - len(written))
+        state = {
+            **{name: table.commit() for name, table in self._tables.items()},
+            "size": self._size,
+            "taken": taken,
+            "whole": whole,
+            "rows": self._rows.total,
+            "refused": self._rows.refused,
+        }
+        paths.write(self._place / "progress.json", json.dumps(state))
+
+    def _write(self, targets: list[tuple[str, str]]) -> np.ndarray:
+        """Appends (id, text) pairs; returns their keys, [n, 2] uint64."""
+        keys = np.array([(_key(name), _key(text)) for name, text in targets], np.uint64)
+        keys = keys.reshape(-1, 2)
+        self._tables["target_ids"].texts(name for name, _ in targets)
+        self._tables["target_texts"].texts(text for _, text in targets)
+        self._tables["target_keys"].blobs([row.tobytes() for row in keys])
+        self._size += len(targets)
+        return keys
+
+    def _render(self, target: Target) -> str:
+        text = render_target(self._template, title=target.title, text=target.text)
+        if not text:
+            raise UserError(f"{target.where}: the target has no text: write one, or drop the row.")
+        return text
+
+    def _refuse_twice(self, where: str, name: str) -> None:
+        error = UserError(f"{where}: the id {name!r} occurred before: write each id once.")
+        self._rows.refuse(where, error, "duplicate id")
+
+
+class _Judgements(NamedTuple):
+    """What is known about a query while its split is read."""
+
+    name: str
+    text: str
+    positives: dict[int, int]  # row -> grade
+    negatives: array[int]
+    answers: list[str]
+
+
+def _build(reader: Reader, place: Path, template: str, rows: Rows) -> None:
+    """Writes all tables of a source, and last of all its manifest."""
+    without, counts = {}, {}
+    with _Targets(place, template, rows) as targets:
+        targets.read(reader)
+        for split in reader.splits:
+            found = _read_split(reader.queries(split, rows), targets, rows)
+            kept = [query for query in found if query.positives]
+            without[split], counts[split] = len(found) - len(kept), len(kept)
+            if not kept:
+                raise UserError(
+                    f"the {split} split of {reader.files[-1].parent} holds no positive: write at "
+                    "least one judgement with a score above 0, or remove the split."
+                )
+            _write_split(kept, place, split)
+        targets.finish()
+    digests = {name: Texts(place / name).digest().hex() for name in ("target_ids", "target_texts")}
+    manifest = {
+        "layout": reader.layout,
+        "files": [str(path) for path in reader.files[:100]],
+        "rows": rows.total,
+        "refused": list(rows.refused.values()),
+        "without_positives": without,
+        "queries": counts,
+        "digests": digests,
+    }
+    paths.write(place / "manifest.json", json.dumps(manifest, indent=1))
+
+
+def _read_split(found: Iterator[Query], targets: _Targets, rows: Rows) -> list[_Judgements]:
+    """The queries of a split; rows of one text are one query, where queries have no ids."""
+    held: dict[tuple[bool, str], _Judgements] = {}
+    for query in found:
+        key = (True, query.id) if query.id else (False, query.text)
+        if query.id and key in held:
+            error = f"{query.where}: the id {query.id!r} occurred before: write each id once."
+            rows.refuse(query.where, UserError(error), "duplicate id")
+            continue
+        resolved: list[tuple[Judged, int]] = []
+        bad = set()
+        for judged in (*query.positives, *query.negatives):
+            try:
+                resolved.append((judged, targets.row(judged)))
+            except UserError as error:
+                kind = "missing target" if judged.content is None else "malformed row"
+                rows.refuse(judged.where, error, kind)
+                bad.add(judged.where)
+        name = query.id or f"q{_key(query.text):016x}"
+        entry = held.setdefault(key, _Judgements(name, query.text, {}, array("i"), []))
+        for judged, row in resolved:
+            if judged.where not in bad:
+                if judged.grade > 0:
+                    entry.positives[row] = max(judged.grade, entry.positives.get(row, 0))
+                else:
+                    entry.negatives.append(row)
+        entry.answers.extend(query.answers)
+    return list(held.values())
+
+
+def _write_split(queries: list[_Judgements], place: Path, split: str) -> None:
+    def write(name: str, append: Callable[[Appender], None]) -> None:
+        with contextlib.closing(Appender(place / f"{split}_{name}")) as table:
+            append(table)
+            table.commit()
+
+    judged = [sorted(query.positives.items()) for query in queries]
+    write("ids", lambda table: table.texts(query.name for query in queries))
+    write("texts", lambda table: table.texts(query.text for query in queries))
+    write("positives", lambda table: table.numbers([row for row, _ in q] for q in judged))
+    write("grades", lambda table: table.numbers([grade for _, grade in q] for q in judged))
+    negatives = [[row for row in q.negatives if row not in q.positives] for q in queries]
+    if any(negatives):
+        write("negatives", lambda table: table.numbers(dict.fromkeys(q) for q in negatives))
+    if any(query.answers for query in queries):
+        lists = [json.dumps(list(dict.fromkeys(query.answers))) for query in queries]
+        write("answers", lambda table: table.texts(lists))
+
+
+def _open(place: Path, name: str) -> RetrievalData:
+    manifest = json.loads((place / "manifest.json").read_text())
+    digests = manifest["digests"]
+    splits = {}
+    for split in manifest["queries"]:
+        answers, negatives = place / f"{split}_answers", place / f"{split}_negatives"
+        splits[split] = Split(
+            query_ids=Texts(place / f"{split}_ids"),
+            texts=Texts(place / f"{split}_texts"),
+            positives=Numbers(place / f"{split}_positives"),
+            grades=Numbers(place / f"{split}_grades"),
+            negatives=Numbers(negatives) if _there(negatives) else (),
+            answers=[json.loads(one) for one in Texts(answers)] if _there(answers) else (),
+        )
+    return RetrievalData(
+        name=name,
+        target_ids=Texts(place / "target_ids", digests["target_ids"]),
+        target_texts=Texts(place / "target_texts", digests["target_texts"]),
+        splits=splits,
+        reading=Reading(
+            manifest["layout"],
+            manifest["rows"],
+            tuple(Refused(*one) for one in manifest["refused"]),
+            manifest["without_positives"],
+        ),
+    )
+
+
+def _there(path: Path) -> bool:
+    return path.with_name(f"{path.name}.ends").exists()
+
+
+def _fingerprint(reader: Reader, template: str) -> str:
+    """Sha256, in hex, of what is read and how."""
+    parts: list[Any] = [_FORMAT, reader.layout, template]
+    above = len(os.path.commonpath([path.parent.as_posix() for path in reader.files]))
+    with _shown("looking for changes in", reader.files) as advance:
+        for path in reader.files:
+            content = hashlib.sha256()
+            try:
+                with path.open("rb") as file:
+                    while chunk := file.read(2**22):
+                        content.update(chunk)
+                        advance(len(chunk))
+            except OSError as error:
+                reason = error.strerror or str(error)
+                raise UserError(
+                    f"{path} cannot be read ({reason}): give a readable file."
+                ) from error
+            parts.append([path.as_posix()[above:], content.hexdigest()])
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _shown(label: str, files: tuple[AnyPath, ...]) -> Iterator[Callable[[int], None]]:
+    """Shows how much of some files is read, if that takes long."""
+    total = sum(path.stat().st_size for path in files if path.exists()) // 2**20
+    if total < _SHOWN:
+        yield lambda count: None
+        return
+    with progress(f"{label} {files[0].parent.name}", total, "MiB") as advance:
+        read = 0
+
+        def count_bytes(count: int) -> None:
+            nonlocal read
+            before, read = read >> 20, read + count
+            if read >> 20 > before:
+                advance((read >> 20) - before)
+
+        yield count_bytes
+
+
+def _key(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
