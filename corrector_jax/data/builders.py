@@ -1,0 +1,371 @@
+"""The published data sets as TFDS data: `RetrievalCorpus` and `RetrievalQueries`.
+
+    ROOT/published/NAME/                    the publishers' files, fetched or put there by hand
+    ROOT/retrieval_corpus/CORPUS/VERSION    the passages, in their publisher's order
+    ROOT/retrieval_queries/NAME/VERSION     questions; passages are named by their ids
+
+Files are ArrayRecord, which needs no TensorFlow and is read by random access, with `tfds.data_source`
+or `layouts/tfds.py`. Both builders write shard by shard: TFDS' other builders keep a whole split in
+memory, or need TensorFlow to put it on the disk.
+
+A file that is downloaded is kept. A folder of records appears once it is whole: what a killed process
+loses is the folder it was at, and the file it was downloading.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import csv
+import fcntl
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from corrector_jax import paths
+from corrector_jax.data import rows as row
+from corrector_jax.data.layouts import inline
+from corrector_jax.data.layouts.beir import Beir
+from corrector_jax.data.layouts.msmarco import MsMarco
+from corrector_jax.data.published import CORPORA, QUERIES, File, fetch, missing_files
+from corrector_jax.data.rows import Judged, Query, Reader, Rows, Target
+from corrector_jax.types import UserError
+from corrector_jax.writer import progress, say
+
+SHARD = 2**16
+"""Records of a file; TFDS keeps as many in memory while it writes."""
+
+RECORD_BYTES, TEXT_SHARE = 130, 0.75
+"""A record takes so many bytes and this share of its text.
+
+Measured on 16,702 paragraphs of Wikipedia and on three other corpora of 111 to 1,296 bytes a row:
+0.37 to 0.67 of the text beside 130 bytes.
+"""
+
+Example = dict[str, Any]
+
+
+class _Builder(tfds.core.ShardBasedBuilder):
+    """What both builders share.
+
+    Attributes:
+      folder: where the publisher's files are.
+      verify: whether they must have the published checksum and number of rows.
+      max_bad_rows: how many bad rows are skipped; one more is an error.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    folder: Path
+    verify: bool
+    max_bad_rows: int
+
+    def __init__(
+        self,
+        *,
+        folder: Path | None = None,
+        verify: bool = True,
+        max_bad_rows: int = 0,
+        **arguments: Any,
+    ) -> None:
+        """Takes also what every builder of TFDS takes."""
+        super().__init__(**arguments)
+        self.folder = folder or Path()
+        self.verify, self.max_bad_rows = verify, max_bad_rows
+
+    @property
+    def config_name(self) -> str:
+        """Which of the published data sets it is."""
+        return str(self.builder_config.name)
+
+    def fetch(self, files: tuple[File, ...], manager: tfds.download.DownloadManager) -> None:
+        """Brings files to `folder`."""
+
+        def download(url: str) -> Path:
+            return Path(manager.download(url))
+
+        fetch(files, self.folder, download, verify=self.verify)
+
+    def _log_download_bytes(self) -> None:
+        """Says nothing: sizes are not known to TFDS."""
+
+    def _log_download_done(self) -> None:
+        """Says nothing."""
+
+
+class RetrievalCorpus(_Builder):
+    """Passages: id, title, text."""
+
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in CORPORA]  # noqa: RUF012
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        text = tfds.features.Text()
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict({"id": text, "title": text, "text": text}),
+            disable_shuffling=True,
+        )
+
+    def _shard_iterators_per_split(
+        self, manager: tfds.download.DownloadManager
+    ) -> dict[str, list[Callable[[], Iterator[tuple[int, Example]]]]]:
+        corpus = CORPORA[self.config_name]
+        self.fetch(corpus.files, manager)
+        total = self._count()
+        if self.verify and total != corpus.passages:
+            raise UserError(
+                f"{self.folder} holds {total:,} passages where {corpus.passages:,} were published: "
+                "remove the file to have it fetched again, or write --config.data.verify=False to "
+                "take it as it is."
+            )
+        rows = Rows(self.max_bad_rows)
+        targets = _shown(f"writing {self.config_name}", self._targets(rows), total)
+        examples = ({"id": t.id, "title": t.title, "text": t.text} for t in targets)
+        return {"targets": _shards(examples, total)}
+
+    def _count(self) -> int:
+        """How many passages there are: a bad row is found before anything is written."""
+        files = [path for path in self.folder.rglob("*") if path.is_file()]
+        size = sum(path.stat().st_size for path in files) // 2**20
+        with progress(f"checking {self.config_name}", size, "MiB") as advance:
+            rows = Rows(self.max_bad_rows, _in_mib(advance))
+            total = sum(1 for _ in self._targets(rows))
+        for refused in rows.refused.values():
+            say(f"skipped: {refused.message}")
+        return total
+
+    def _targets(self, rows: Rows) -> Iterator[Target]:
+        if self.config_name == "wikipedia":
+            path = row.needed(self.folder, "psgs_w100.tsv", "DPR's Wikipedia")
+            return inline.tsv_corpus(path, rows)
+        return _reader(self.config_name, self.folder).targets(rows)
+
+
+class RetrievalQueries(_Builder):
+    """Questions: id, text, answers, and the ids of positives (with grades) and hard negatives.
+
+    The splits are train, dev and test, as far as there are judgements. dev_answers and test_answers
+    hold all questions of the publisher's dev and test set with short answers, and no judgements.
+    """
+
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in QUERIES]  # noqa: RUF012
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        text = tfds.features.Text()
+        several = tfds.features.Sequence(text)
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(
+                {
+                    "id": text,
+                    "text": text,
+                    "answers": several,
+                    "positives": several,
+                    "grades": tfds.features.Tensor(shape=(None,), dtype=np.int32),
+                    "negatives": several,
+                }
+            ),
+            metadata=tfds.core.MetadataDict(corpus=QUERIES[self.config_name].corpus),
+            disable_shuffling=True,
+        )
+
+    def _shard_iterators_per_split(
+        self, manager: tfds.download.DownloadManager
+    ) -> dict[str, list[Callable[[], Iterator[tuple[int, Example]]]]]:
+        queries = QUERIES[self.config_name]
+        self.fetch((*queries.files, *queries.answers.values()), manager)
+        reader = _reader(self.config_name, self.folder)
+        rows = Rows(self.max_bad_rows)
+        splits = {}
+        for split in reader.splits:
+            say(f"reading {self.config_name}, {split}")
+            # A question without a positive says nothing about passages; DPR leaves it out too.
+            found = [_example(query) for query in reader.queries(split, rows) if query.positives]
+            splits[split] = _shards(found, len(found))
+        for split, file in queries.answers.items():
+            path = row.needed(self.folder, file.contents[0], f"the folder of {self.config_name}")
+            found = [_example(query) for query in _answered(path, rows)]
+            splits[split] = _shards(found, len(found))
+        for refused in rows.refused.values():
+            say(f"skipped: {refused.message}")
+        return splits
+
+
+def prepare(
+    name: str,
+    root: Path,
+    *,
+    verify: bool = True,
+    max_bad_rows: int = 0,
+    table_bytes: Callable[[int, int], int] = lambda passages, text_bytes: 0,
+) -> Path:
+    """Fetches a published data set and writes it as TFDS data, unless that was done before.
+
+    Args:
+      name: one of `published.QUERIES`.
+      root: the folder of everything, on a local disk.
+      verify: whether files must have the published checksum and number of rows.
+      max_bad_rows: how many bad rows are skipped; one more is an error.
+      table_bytes: (passages, bytes of text) -> what will be made of them later, on the same disk.
+
+    Returns:
+      The folder that `layouts.tfds.Tfds` reads.
+
+    Raises:
+      UserError: a file cannot be had or is malformed, or the disk is too small.
+    """
+    corpus = QUERIES[name].corpus
+    with _alone(root):
+        builders = []
+        for kind, config in ((RetrievalCorpus, corpus), (RetrievalQueries, name)):
+            builders.append(
+                kind(
+                    folder=root / "published" / config,
+                    verify=verify,
+                    max_bad_rows=max_bad_rows,
+                    data_dir=root,
+                    config=config,
+                    file_format="array_record",
+                )
+            )
+        missing = [builder for builder in builders if not builder.data_path.exists()]
+        if missing:
+            _enough_disk(name, root, with_corpus=missing[0] is builders[0], table_bytes=table_bytes)
+        settings = tfds.download.DownloadConfig(try_download_gcs=False)
+        for builder in missing:
+            builder.download_and_prepare(
+                download_dir=root / "downloads", download_config=settings
+            )
+            say(f"wrote {builder.data_path}")
+    return root / "retrieval_queries" / name
+
+
+@contextlib.contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """While `root` is filled: nobody else fills it, and what a killed process left is removed."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with (root / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"waiting for another process that fills {root}")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            left = [*root.glob("downloads/*.tmp.*"), *root.glob("retrieval_*/*/*incomplete*")]
+            for path in left:
+                paths.remove(path)
+            yield
+    except OSError as error:
+        raise UserError(
+            f"{root} cannot be written ({error.strerror or error}): free some of that disk, or "
+            "write a folder on another in config.data.path; what is whole there is kept."
+        ) from error
+
+
+def _enough_disk(
+    name: str, root: Path, *, with_corpus: bool, table_bytes: Callable[[int, int], int]
+) -> None:
+    """Refuses to begin what the disk cannot hold."""
+    queries = QUERIES[name]
+    corpus = CORPORA[queries.corpus]
+    files = missing_files(queries.files, root / "published" / name)
+    text = 0
+    if with_corpus:
+        text = corpus.text_bytes
+        folder = root / "published" / queries.corpus
+        files += [file for file in missing_files(corpus.files, folder) if file not in files]
+    fetched = sum(file.size for file in files)
+    # JSON lines hold addresses and keys beside the text: half as much again is more than enough.
+    unpacked = int(1.5 * corpus.text_bytes) if any(file.members for file in files) else 0
+    written = corpus.passages * RECORD_BYTES + int(TEXT_SHARE * text) if with_corpus else 0
+    tables = table_bytes(corpus.passages, corpus.text_bytes)
+    needed = fetched + unpacked + written + tables
+    free = paths.free_bytes(root)
+    if free is not None and free < needed:
+        raise UserError(
+            f"{root}: {name} needs {needed / 1e9:.1f} GB ({fetched / 1e9:.1f} to fetch, "
+            f"{unpacked / 1e9:.1f} unpacked, {written / 1e9:.1f} of records, {tables / 1e9:.1f} of "
+            f"tables) but the disk has {free / 1e9:.1f} GB left: free some, or write a folder on "
+            "another disk in config.data.path."
+        )
+
+
+def _reader(name: str, folder: Path) -> Reader:
+    """What reads the publisher's files."""
+    kinds: dict[str, Callable[[Path], Reader]] = {"msmarco": MsMarco, "hotpotqa": Beir}
+    return kinds.get(name, inline.Dpr)(folder)
+
+
+def _answered(path: paths.AnyPath, rows: Rows) -> Iterator[Query]:
+    """DPR's .qa.csv: a question and a Python list of its answers, separated by a tab."""
+
+    def query(line: str, where: str) -> Query:
+        text, listed = row.columns(line, ["question", "answers"], where)
+        try:
+            # As csv writes a list whose texts hold quotes.
+            (listed,) = next(csv.reader([listed], delimiter="\t"))
+            answers = ast.literal_eval(listed)
+        except (ValueError, SyntaxError, RecursionError, MemoryError, csv.Error):
+            answers = None
+        if not isinstance(answers, list) or not all(isinstance(one, str) for one in answers):
+            raise UserError(
+                f"{where}: the answers are {listed[:40]!r}: write a list of texts, as in "
+                "['one', 'two']."
+            )
+        return Query(where, "", row.query_text(text, where), (), answers=tuple(answers))
+
+    return rows.parse(rows.lines(path), query)
+
+
+def _example(query: Query) -> Example:
+    return {
+        "id": query.id,
+        "text": query.text,
+        "answers": list(query.answers),
+        "positives": [_named(judged) for judged in query.positives],
+        "grades": np.array([judged.grade for judged in query.positives], np.int32),
+        "negatives": [_named(judged) for judged in query.negatives],
+    }
+
+
+def _named(judged: Judged) -> str:
+    if not judged.id:
+        raise UserError(f"{judged.where}: a passage has no passage_id: fetch the file again.")
+    return judged.id
+
+
+def _shards(
+    examples: Iterable[Example], total: int
+) -> list[Callable[[], Iterator[tuple[int, Example]]]]:
+    """Generators of one shard each, which take the examples in turn."""
+    stream = enumerate(examples)
+    return [
+        functools.partial(itertools.islice, stream, SHARD) for _ in range(0, max(total, 1), SHARD)
+    ]
+
+
+def _shown(label: str, found: Iterable[Target], total: int) -> Iterator[Target]:
+    with progress(label, total, "passages") as advance:
+        for number, one in enumerate(found, 1):
+            yield one
+            if number % 4096 == 0:
+                advance(4096)
+        advance(total % 4096)
+
+
+def _in_mib(advance: Callable[[int], None]) -> Callable[[int], None]:
+    """Counts bytes, and tells of every whole MiB."""
+    read = 0
+
+    def count(more: int) -> None:
+        nonlocal read
+        before, read = read >> 20, read + more
+        if read >> 20 > before:
+            advance((read >> 20) - before)
+
+    return count
