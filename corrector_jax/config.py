@@ -17,6 +17,10 @@ from corrector_jax.types import UserError
 
 WORDS: dict[str, tuple[str, ...]] = {
     "strategy": tuple(STRATEGIES),
+    "data.layout": (
+        *("", "beir", "dpr", "tevatron", "flag_embedding", "columns", "msmarco", "fid"),
+        "text_files",
+    ),
     "data.eval_split": ("auto", "dev", "test"),
     "model.pooling": ("", "mean", "cls"),
     "model.normalize": ("", "yes", "no"),
@@ -30,8 +34,8 @@ WORDS: dict[str, tuple[str, ...]] = {
     "eval.corpus": ("full", "sample", "corrected"),
 }
 
-FREE = ("eval", "log", "checkpoint", "embed", "search")
-"""Sections that do not shape the training state: they may differ when a run is resumed."""
+FREE = ("eval", "log", "checkpoint", "embed", "search", "data.cache_dir", "data.max_bad_rows")
+"""Sections and keys that do not shape the training state: they may differ when a run is resumed."""
 
 
 def default() -> ConfigDict:
@@ -45,8 +49,11 @@ def default() -> ConfigDict:
     c.strategy = "corrected"  # in_batch | uniform | stale | corrected | refreshed
 
     c.data = ConfigDict()
-    c.data.path = ""  # a BEIR folder; empty = Python functions of the installed packages
-    c.data.target_template = "{title} {text}"  # how a BEIR title and text become one target
+    c.data.path = ""  # a folder or file; empty = Python functions of the installed packages
+    c.data.layout = ""  # how it is laid out (docs/data.md); empty = look, and say
+    c.data.max_bad_rows = 0  # rows of the source that may be skipped; one more is an error
+    c.data.cache_dir = ""  # texts and tokens, made once; empty = corrector_jax in ~/.cache
+    c.data.target_template = "{title} {text}"  # how a title and a text become one target
     c.data.query_prefix = ""  # put before every query, as E5 and BGE models ask for
     c.data.target_prefix = ""  # put before every target
     c.data.query_max_len = 32  # tokens of a query, special tokens included
@@ -255,7 +262,8 @@ def refuse_other_run(config: ConfigDict, saved: ConfigDict, workdir: str) -> Non
       UserError: the keys that differ, and what to do.
     """
     before, now = dict(flat(saved)), dict(flat(config))
-    differ = [key for key in now if key.split(".")[0] not in FREE and now[key] != before.get(key)]
+    bound = [key for key in now if not {key, key.split(".")[0]} & set(FREE)]
+    differ = [key for key in bound if now[key] != before.get(key)]
     grows = now["train.steps"] >= before["train.steps"]
     if grows and now["train.schedule"] == "constant" and "train.steps" in differ:
         differ.remove("train.steps")  # nothing done so far depends on how long it goes on
@@ -269,6 +277,7 @@ def refuse_other_run(config: ConfigDict, saved: ConfigDict, workdir: str) -> Non
 
 _LEAST = {
     "seed": 0,
+    "data.max_bad_rows": 0,
     "data.max_targets": 0,
     "data.max_queries": 0,
     "data.query_max_len": 3,

@@ -16,8 +16,9 @@ from corrector_jax import cache as caches
 from corrector_jax import config as configs
 from corrector_jax import losses, optimizer, rng, weights
 from corrector_jax.cache import TargetCache, TargetTokens
-from corrector_jax.data import dataset, sources, tokenize
+from corrector_jax.data import dataset, order, sources, tokenize
 from corrector_jax.data.dataset import RetrievalData
+from corrector_jax.data.token_table import token_table
 from corrector_jax.embed import Embedder
 from corrector_jax.models import corrector as correctors
 from corrector_jax.models import pretrained
@@ -47,6 +48,8 @@ class Job:
       tokens: the token table.
       embedder: embeds targets with the model.
       query_tokens: split name -> [n, T] int32.
+      query_lengths: [n] int32, tokens of the training queries.
+      query_widths: what batches of them are cut to.
       known: [n, K] int32, known positives of the training queries, -1 pads.
       probe_queries: [Q, T] int32 on the mesh, queries never trained on.
       probe_ids: [U] int32 on the mesh, the probe's targets.
@@ -67,6 +70,8 @@ class Job:
     tokens: TargetTokens
     embedder: Embedder
     query_tokens: dict[str, np.ndarray]
+    query_lengths: np.ndarray
+    query_widths: tuple[int, ...]
     known: np.ndarray
     probe_queries: Array
     probe_ids: Array
@@ -154,15 +159,18 @@ def make_job(config: ConfigDict) -> Job:
     place = _placement(config)
     data = sources.load(
         config.data.path,
+        layout=config.data.layout,
         target_template=config.data.target_template,
         max_targets=config.data.max_targets,
         max_queries=config.data.max_queries,
+        cache_dir=config.data.cache_dir,
+        max_bad_rows=config.data.max_bad_rows,
     )
     final_split = dataset.eval_split(data, config.data.eval_split)
     if "train" not in data.splits:
         raise UserError(
-            f"{data.name} has no train split to train on: add qrels/train.tsv, or raise "
-            "config.data.max_targets if it is set"
+            f"{data.name} has no train split to train on: add one (train.jsonl, qrels/train.tsv, "
+            "as the layout has it), or raise config.data.max_targets if it is set"
         )
     say(_describe(data))
     if "dev" not in data.splits:
@@ -177,7 +185,10 @@ def make_job(config: ConfigDict) -> Job:
         ).astype(np.int32)
         for name, split in data.splits.items()
     }
-    widest = max(_width(table, tokenizer.pad_id) for table in query_tokens.values())
+    lengths_of = {
+        name: tokenize.lengths(table, tokenizer.pad_id) for name, table in query_tokens.items()
+    }
+    widest = max(_width(found, config.data.query_max_len) for found in lengths_of.values())
     query_tokens = {name: table[:, :widest] for name, table in query_tokens.items()}
     learning_rate = optimizer.schedule(
         config.train.schedule,
@@ -196,6 +207,12 @@ def make_job(config: ConfigDict) -> Job:
         tokens=tokens,
         embedder=Embedder(model, tokens, lengths, place, config.eval.batch_size),
         query_tokens=query_tokens,
+        query_lengths=lengths_of["train"],
+        query_widths=order.bucket_widths(
+            lengths_of["train"],
+            batch_size=config.train.batch_size,
+            multiple=LENGTH_MULTIPLE,
+        ),
         known=data.known_positives("train"),
         probe_queries=probe_queries,
         probe_ids=probe_ids,
@@ -302,20 +319,24 @@ def _token_table(
                 f"config.data.{key} is {config.data[key]} but the encoder reads at most "
                 f"{bert.max_positions} tokens: write {bert.max_positions} or less"
             )
-    length, prefix = config.data.target_max_len, config.data.target_prefix
-    table = tokenizer.encode(data.target_texts, max_len=length, prefix=prefix)
-    table = table[:, : _width(table, tokenizer.pad_id)]
-    fingerprint = tokenize.token_fingerprint(
-        tokenizer, prefix=prefix, max_len=length, content_fingerprint=data.fingerprint()
+    table = token_table(
+        data.target_texts,
+        tokenizer,
+        name=data.name,
+        content_fingerprint=data.fingerprint(),
+        template=config.data.target_template,
+        prefix=config.data.target_prefix,
+        max_len=config.data.target_max_len,
+        folder=sources.cache_folder(config.data.cache_dir) / "tokens",
     )
     tokens = caches.create_tokens(
-        table,
-        fingerprint=fingerprint,
+        table.ids[:, : _width(table.lengths, table.ids.shape[1])],
+        fingerprint=table.fingerprint,
         pad_id=tokenizer.pad_id,
         block_rows=config.negatives.block_rows,
         place=place,
     )
-    return tokens, tokenize.lengths(table, tokenizer.pad_id)
+    return tokens, table.lengths
 
 
 def _probe(
@@ -335,9 +356,8 @@ def _probe(
     return place.put_everywhere(queries[rows]), place.put_everywhere(np.sort(ids))
 
 
-def _width(table: np.ndarray, pad_id: int) -> int:
-    longest = int(tokenize.lengths(table, pad_id).max())
-    return min(table.shape[1], -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+def _width(lengths: np.ndarray, limit: int) -> int:
+    return min(limit, -(-int(lengths.max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
 
 
 def _method(config: ConfigDict, size: int, normalize: bool, place: Placement) -> Method:

@@ -7,6 +7,7 @@ batch is made from the step alone, after the save, so that a resumed run sees th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import shutil
@@ -133,14 +134,19 @@ def loop(
         batch_size=config.train.batch_size,
         seconds=position.train_seconds,
     )
-    with progress("training", config.train.steps, "steps", done=position.step) as advance:
-        for step in range(position.step, config.train.steps):
+    steps = range(position.step, config.train.steps)
+    batches = order.ahead(lambda step: place_batch(job, step), steps)
+    with (
+        contextlib.closing(batches),
+        progress("training", config.train.steps, "steps", done=position.step) as advance,
+    ):
+        for step in steps:
             if cache is not None and is_due(step, policy=refresh, every=config.refresh.every):
                 state, cache = refresh_cache(run, state, cache)
             if cache is not None and is_probe_due(run):
                 state = probe(run, probe_fn, state, cache)
             entered = time.monotonic()
-            batch = jax.device_put(make_batch(job, step), job.place.rows)
+            batch = next(batches)
             key = job.place.put_everywhere(rng.key(config.seed, "step", step))
             # Nothing moves between host and device unasked: a step that waits is a bug.
             with jax.transfer_guard("disallow"):
@@ -201,6 +207,12 @@ def compile_steps(job: Job) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return step_fn, probe_fn
 
 
+def place_batch(job: Job, step: int) -> Batch:
+    """The batch of a step on the devices, its first axis split over them."""
+    placed: Batch = jax.device_put(make_batch(job, step), job.place.rows)
+    return placed
+
+
 def make_batch(job: Job, step: int) -> Batch:
     """The batch of a step on the host: a function of the seed and the step alone."""
     return order.make_batch(
@@ -210,6 +222,8 @@ def make_batch(job: Job, step: int) -> Batch:
         known=job.known,
         batch_size=job.config.train.batch_size,
         seed=job.config.seed,
+        lengths=job.query_lengths,
+        widths=job.query_widths,
     )
 
 

@@ -58,6 +58,7 @@ def overrides(folder: Path) -> dict[str, object]:
         write_tokenizer(tokenizer)
     return {
         "data.path": str(data),
+        "data.cache_dir": str(folder / "cache"),
         "data.query_max_len": 8,
         "data.target_max_len": 16,
         "model.weights": "random",

@@ -1,4 +1,4 @@
-"""Example order as a function of (seed, step): nothing is carried, so a resumed run sees the same.
+"""Batches as a function of (seed, step): nothing is carried, so a resumed run sees the same.
 
 Queries run through one permutation per epoch, back to back; a batch may span two epochs. The raw
 words of PCG64 are used, whose stream NumPy promises to keep; that of `Generator.permutation` it
@@ -7,14 +7,19 @@ does not.
 
 from __future__ import annotations
 
+import collections
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 
 from corrector_jax.types import Batch
 
 _ORDER, _POSITIVE = 0, 1  # streams that share a seed
+
+T = TypeVar("T")
 
 
 def batch_rows(step: int, *, num_queries: int, batch_size: int, seed: int) -> np.ndarray:
@@ -65,6 +70,8 @@ def make_batch(
     known: np.ndarray,
     batch_size: int,
     seed: int,
+    lengths: np.ndarray | None = None,
+    widths: Sequence[int] = (),
 ) -> Batch:
     """The training batch of a step.
 
@@ -75,17 +82,66 @@ def make_batch(
       known: [n, K] int32, the same padded with -1.
       batch_size: B.
       seed: >= 0.
+      lengths: [n] int, tokens of each query; only read where there are widths.
+      widths: of `bucket_widths`, in rising order; the first that holds every query is used.
 
     Returns:
       A `Batch` of NumPy arrays, every query valid.
     """
     rows = batch_rows(step, num_queries=len(query_tokens), batch_size=batch_size, seed=seed)
+    width = query_tokens.shape[1]
+    if lengths is not None:
+        longest = lengths[rows].max()
+        width = next((one for one in widths if one >= longest), width)
     return Batch(
-        query_tokens=query_tokens[rows].astype(np.int32),
+        query_tokens=query_tokens[rows, :width].astype(np.int32),
         positive=choose_positive(rows, positives, seed=seed, step=step),
         known=known[rows],
         valid=np.ones(batch_size, bool),
     )
+
+
+def bucket_widths(lengths: np.ndarray, *, batch_size: int, multiple: int) -> tuple[int, ...]:
+    """The few static widths that batches of queries are cut to: each is compiled once.
+
+    They are the width that half of the batches fit in, and the one that all do.
+
+    Args:
+      lengths: [n] int, tokens of each query.
+      batch_size: B.
+      multiple: widths are multiples of it.
+
+    Returns:
+      One width or two, rising.
+    """
+    # A batch is as long as the longest of B queries: its median is a high quantile of one.
+    median = np.quantile(lengths, 0.5 ** (1 / batch_size), method="higher")
+    return tuple(sorted({-(-int(one) // multiple) * multiple for one in (median, lengths.max())}))
+
+
+def ahead(make: Callable[[int], T], steps: range, *, depth: int = 2) -> Generator[T]:
+    """What `make(step)` gives for one step after the other, made by a thread of its own.
+
+    Args:
+      make: a function of the step alone.
+      steps: in this order.
+      depth: how many results are held before they are asked for.
+
+    Yields:
+      The results, in order; an error of `make` is raised where its result would be.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        waiting: collections.deque = collections.deque()
+        try:
+            for step in steps:
+                waiting.append(pool.submit(make, step))
+                if len(waiting) > depth:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 @functools.lru_cache(maxsize=4)

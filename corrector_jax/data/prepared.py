@@ -1,8 +1,8 @@
 """Any source, prepared once: tables on the local disk that `RetrievalData` reads in place.
 
-A source is known by the content of its files. Its targets are written shard by shard: a process that
-is killed loses the shard it was at, and the next one goes on behind those before it. What is kept
-of a target in memory is two hashes of 64 bits, by which judgements find it.
+A source is known by the content of its files. Its targets are written shard by shard: a process
+that is killed loses the shard it was at, and the next one goes on behind those before it. What is
+kept of a target in memory is two hashes of 64 bits, by which judgements find it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -312,9 +313,7 @@ def _build(reader: Reader, place: Path, template: str, rows: Rows) -> None:
             )
         _write_split(kept, place, split)
     targets.finish()
-    digests = {
-        name: Texts(place / name).digest().hex() for name in ("target_ids", "target_texts")
-    }
+    digests = {name: Texts(place / name).digest().hex() for name in ("target_ids", "target_texts")}
     manifest = {
         "layout": reader.layout,
         "files": [str(path) for path in reader.files[:100]],
@@ -377,8 +376,6 @@ def _write_split(queries: list[_Judgements], place: Path, split: str) -> None:
         write("answers", lambda table: table.texts(lists))
 
 
-
-
 def _open(place: Path, name: str) -> RetrievalData:
     manifest = json.loads((place / "manifest.json").read_text())
     digests = manifest["digests"]
@@ -414,9 +411,7 @@ def _there(path: Path) -> bool:
 def _fingerprint(reader: Reader, template: str) -> str:
     """Sha256, in hex, of what is read and how."""
     parts: list[Any] = [_FORMAT, reader.layout, template]
-    above = reader.files[0].parent
-    while not all(above in path.parents for path in reader.files):
-        above = above.parent
+    above = len(os.path.commonpath([path.parent.as_posix() for path in reader.files]))
     with _shown("looking for changes in", reader.files) as advance:
         for path in reader.files:
             content = hashlib.sha256()
@@ -427,7 +422,9 @@ def _fingerprint(reader: Reader, template: str) -> str:
                         advance(len(chunk))
             except OSError as error:
                 reason = error.strerror or error
-                raise UserError(f"{path} cannot be read ({reason}): give a readable file.") from error
+                raise UserError(
+                    f"{path} cannot be read ({reason}): give a readable file."
+                ) from error
             parts.append([path.relative_to(above).as_posix(), content.hexdigest()])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

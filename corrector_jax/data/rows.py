@@ -1,8 +1,8 @@
 """Reads files row by row: what was read, what was refused, and where it stands.
 
-Every layout reads through `Rows`, which counts. A bad row is refused with a sentence that names file
-and line: the first one stops everything, unless so many are allowed. What is wrong with a whole
-file (it is missing, or its compression is cut short) always stops.
+Every layout reads through `Rows`, which counts. A bad row is refused with a sentence that names
+file and line: the first one stops everything, unless so many are allowed. What is wrong with a
+whole file (it is missing, or its compression is cut short) always stops.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ _SPLIT_WORDS = {
     "test": {"test"},
 }
 
+_OPENED = re.compile(r"\ufeff?\s*\[\s*")
+_COMMA = re.compile(r"\s*,\s*")
+_CLOSED = re.compile(r"\s*\]")
 _PART = re.compile(r"-\d+-of-\d+\.")  # how the Hugging Face hub cuts a file up
 
 T = TypeVar("T")
@@ -59,7 +62,7 @@ class Judged(NamedTuple):
     Attributes:
       where: 'file:line' of the judgement.
       id: the target's name, '' where only its content is known.
-      content: the passage, where the judgement holds it; a corpus that has the id is believed first.
+      content: the passage, where the judgement holds it; a corpus that has the id comes first.
       grade: how relevant it is, 1 where nobody said; of hard negatives 0.
     """
 
@@ -223,10 +226,8 @@ class Rows:
         if empty:
             raise UserError(f"{path} is empty: write one JSON object a line.")
 
-    def parse(
-        self, found: Iterator[tuple[str, Any]], make: Callable[[Any, str], T]
-    ) -> Iterator[T]:
-        """What `make(content, where)` makes of rows; those it raises a UserError for are refused."""
+    def parse(self, found: Iterator[tuple[str, Any]], make: Callable[[Any, str], T]) -> Iterator[T]:
+        """What `make(content, where)` makes of rows; those it raises UserError for are refused."""
         for where, content in found:
             try:
                 made = make(content, where)
@@ -237,47 +238,45 @@ class Rows:
 
     def _array(self, path: AnyPath) -> Iterator[tuple[str, Any]]:
         """The items of a JSON array, decoded one by one from a window of the file."""
-        decoder, window, line = json.JSONDecoder(), "", 1
+        decoder, decode = json.JSONDecoder(), _utf8(path)
         with _opened(path) as (file, raw):
-            decode = _decoder(path)
-            ended = started = False
-            at = 0
+            window, at, line, ended, expected = "", 0, 1, False, _OPENED
             while True:
-                skipped = re.match(r"\s*", window) if started else re.match(r"\ufeff?\s*\[\s*", window)
-                head = skipped.end() if skipped else 0
                 try:
-                    if not started and skipped:
-                        started = True
-                        line += window.count("\n", 0, head)
-                        window = window[head:]
-                        continue
-                    if started and window[head : head + 1] == "]":
+                    if _CLOSED.match(window, at) and expected is _COMMA:
                         break
-                    item, end = decoder.raw_decode(window, head)
-                    after = re.compile(r"\s*([,\]])").match(window, end)
-                    if after is None:
+                    before = expected.match(window, at)
+                    if before is None:
                         raise ValueError("no comma")
+                    begin = before.end()
+                    if expected is _OPENED and window[begin : begin + 1] == "]":
+                        break
+                    item, end = decoder.raw_decode(window, begin)
+                    if end == len(window) and not ended:
+                        raise ValueError("it may go on")
                 except (ValueError, RecursionError):
-                    where = f"{path}:{line + window.count(chr(10), 0, head)}"
-                    if ended or len(window) > MAX_ROW:
+                    where = f"{path}:{line}"
+                    if ended or len(window) - at > MAX_ROW:
                         raise UserError(
                             f"{where}: the JSON breaks in the row that begins here: mend it, or "
                             "write one JSON object a line."
                         ) from None
                     # Twice as much each time: a long row is tried a few times, not a thousand.
-                    more = _read(file, where, count=max(2**16, len(window)))
-                    window += decode(more, where)
-                    ended = not more
-                    at, before = raw.tell(), at
-                    self._advance(at - before)
-                    continue
-                self.total += 1
-                yield f"{path}:{line + window.count(chr(10), 0, head)}", item
-                last = after.group(1) == "]"
-                line += window.count("\n", 0, after.end())
-                window = window[after.end() :]
-                if last:
-                    break
+                    position = raw.tell()
+                    more = _read(file, where, count=max(2**16, len(window) - at))
+                    window, at, ended = window[at:] + decode(more, where), 0, not more
+                    self._advance(raw.tell() - position)
+                else:
+                    line += window.count("\n", at, begin)
+                    self.total += 1
+                    yield f"{path}:{line}", item
+                    line += window.count("\n", begin, end)
+                    at, expected = end, _COMMA
+            rest = window[at:].strip().lstrip("\ufeff[").strip() + decode(_read(file, ""), "")
+            if rest.strip() != "]":
+                raise UserError(
+                    f"{path}:{line}: something follows the end of the array: write one array a file."
+                )
 
     def _parquet(self, path: AnyPath) -> Iterator[tuple[str, Any]]:
         import pyarrow
@@ -450,7 +449,7 @@ def listing(folder: AnyPath, *ends: str) -> list[AnyPath]:
 
 
 def split_of(path: AnyPath) -> str | None:
-    """The split that a file's name speaks of, as `nq-dev.json.gz` does; None where it names none."""
+    """The split that a file's name speaks of, as `nq-dev.json.gz` does; None where none."""
     words = set(re.split(r"[^a-z0-9]+", plain_name(path)))
     found = [split for split in SPLITS if words & _SPLIT_WORDS[split]]
     return found[0] if len(found) == 1 else None
@@ -510,7 +509,7 @@ def _read(file: IO[bytes], where: str, *, line: bool = False, count: int = MAX_R
         ) from error
 
 
-def _decoder(path: AnyPath) -> Callable[[bytes, str], str]:
+def _utf8(path: AnyPath) -> Callable[[bytes, str], str]:
     import codecs
 
     decoder = codecs.getincrementaldecoder("utf-8")()

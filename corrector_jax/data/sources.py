@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from corrector_jax import paths
 from corrector_jax.data import code_search, prepared
@@ -17,7 +18,7 @@ from corrector_jax.paths import AnyPath
 from corrector_jax.types import UserError
 from corrector_jax.writer import say
 
-LAYOUTS = {layout.layout: layout for layout in (Beir, MsMarco, *inline.ALL, TextFiles)}
+LAYOUTS: dict[str, type[Any]] = {layout.layout: layout for layout in (Beir, MsMarco, *inline.ALL, TextFiles)}
 """Word of config.data.layout -> what reads it."""
 
 
@@ -71,7 +72,8 @@ def find_reader(path: AnyPath, layout: str = "") -> Reader:
       UserError: it looks like no layout or like several, or lacks a file of its layout.
     """
     if layout:
-        return LAYOUTS[layout](path)
+        reader: Reader = LAYOUTS[layout](path)
+        return reader
     found = [name for name, kind in LAYOUTS.items() if kind.found_in(path)]
     if not found:
         raise UserError(
@@ -84,7 +86,7 @@ def find_reader(path: AnyPath, layout: str = "") -> Reader:
             "config.data.layout."
         )
     say(f"{path} is read as {found[0]} (config.data.layout)")
-    return LAYOUTS[found[0]](path)
+    return find_reader(path, found[0])
 
 
 def cache_folder(cache_dir: str) -> Path:

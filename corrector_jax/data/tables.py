@@ -1,8 +1,7 @@
 """Tables on the local disk that are read in place: texts, and lists of numbers.
 
 A table is two files: what all rows hold, back to back, and where each row ends. It is written by
-appending, and a `Position` is what a writer needs to go on after a crash: whatever was written later
-is cut off.
+appending; after a crash, whatever was written behind the last commit is cut off.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class Texts(Sequence[str]):
             return self._digest
         content, lengths = hashlib.sha256(), hashlib.sha256()
         for start in range(0, len(self._data), _CHUNK):
-            content.update(self._data[start : start + _CHUNK])
+            content.update(self._data[start : start + _CHUNK].tobytes())
         before = 0
         for start in range(0, len(self._ends), _CHUNK // 8):
             ends = self._ends[start : start + _CHUNK // 8]

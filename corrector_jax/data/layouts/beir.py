@@ -28,6 +28,8 @@ class Beir:
     """A `Reader` of this layout."""
 
     layout = "beir"
+    files: tuple[AnyPath, ...]
+    splits: tuple[str, ...]
 
     def __init__(self, path: AnyPath) -> None:
         """Finds the files.

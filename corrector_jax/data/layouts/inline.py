@@ -11,10 +11,10 @@
                     "sentence1", "sentence2", "label" (1 = positive, 0 = hard negative)
 
 One file is the train split. A folder has a file for each split, whose name speaks of it
-(`nq-dev.json`, `test.jsonl.gz`, `train-00000-of-00002.parquet`), and may have a corpus: a file whose
-name says corpus, collection, passages or psgs, as .jsonl {"id", "title", "text"} or as DPR's .tsv
-(id, text, title). Files are .jsonl, .json (one object a line, or one array) or .parquet, as they are,
-.gz or .zst.
+(`nq-dev.json`, `test.jsonl.gz`, `train-00000-of-00002.parquet`), and may have a corpus: a file
+whose name says corpus, collection, passages or psgs, as .jsonl {"id", "title", "text"} or as DPR's .tsv
+(id, text, title). Files are .jsonl, .json (one object a line, or one array) or .parquet, as they
+are, .gz or .zst.
 
 A passage is known by its id, where it has one, and else by its title and text.
 """
@@ -47,6 +47,8 @@ class Inline:
     """A `Reader` of one of these layouts."""
 
     layout: str
+    files: tuple[AnyPath, ...]
+    splits: tuple[str, ...]
     parse: Callable[[Record, str], Query]
     """A row's content and its place -> the query; static."""
 
@@ -178,7 +180,8 @@ class Fid(Inline):
         if not answers:
             answers = (row.field(record, "target", where),)
         words = [found for found in map(_words, answers) if found.strip()]
-        positives, negatives = [], []
+        positives: list[Target] = []
+        negatives: list[Target] = []
         for passage in row.listed(record, "ctxs", where):
             target = _passage(passage, where)
             holds = passage.get("has_answer")
@@ -294,7 +297,9 @@ def _passage(record: Any, where: str) -> Target:
     key = _column(record, _ID_KEYS)
     name = row.named(record, key, where) if key is not None and record[key] != "" else ""
     title = row.field({"title": ""} | record, "title", where)
-    return Target(where, name, title, row.field(record, _column(record, _TEXT_KEYS) or "text", where))
+    return Target(
+        where, name, title, row.field(record, _column(record, _TEXT_KEYS) or "text", where)
+    )
 
 
 def _passages(records: list[Any], where: str, *, grade: int = 1) -> tuple[Judged, ...]:

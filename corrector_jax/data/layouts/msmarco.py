@@ -2,7 +2,7 @@
 
     collection.tsv     id, text
     queries.NAME.tsv   id, text
-    qrels.NAME.tsv     query id, 0, target id, score; NAME is of a split: train, dev, dev.small, test
+    qrels.NAME.tsv     query id, 0, target id, score; NAME is train, dev, dev.small or test
 
 The queries of a split come in the order in which its judgements name them; queries that nobody
 judged are passed over. A score of 0 makes a hard negative.
@@ -25,6 +25,8 @@ class MsMarco:
     """A `Reader` of this layout."""
 
     layout = "msmarco"
+    files: tuple[AnyPath, ...]
+    splits: tuple[str, ...]
 
     def __init__(self, path: AnyPath) -> None:
         """Finds the files.

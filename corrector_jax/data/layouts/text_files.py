@@ -1,8 +1,8 @@
 """A plain directory of text files with a file of queries.
 
-    **/*.txt        one target each, in UTF-8; its id is the path below the folder
-    queries.jsonl   {"query", "positives": [path, ...]}, one a line, and where wanted "negatives",
-                    "answers" and "split": train (where nothing is written), dev or test
+**/*.txt        one target each, in UTF-8; its id is the path below the folder
+queries.jsonl   {"query", "positives": [path, ...]}, one a line, and where wanted "negatives",
+"answers" and "split": train (where nothing is written), dev or test
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ class TextFiles:
     """A `Reader` of this layout."""
 
     layout = "text_files"
+    files: tuple[AnyPath, ...]
+    splits: tuple[str, ...]
 
     def __init__(self, path: AnyPath) -> None:
         """Finds the files.
@@ -32,7 +34,7 @@ class TextFiles:
         """
         self._queries = row.needed(path, "queries.jsonl", _MEANING)
         self._texts = {
-            str(file.relative_to(path).as_posix()): file
+            file.as_posix()[len(path.as_posix()) + 1 :]: file
             for file in sorted(path.rglob("*.txt"), key=str)
         }
         if not self._texts:

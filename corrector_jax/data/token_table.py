@@ -1,0 +1,156 @@
+"""The corpus as tokens, made once: a table on the local disk that is read in place.
+
+A table is known by all it depends on: tokenizer, prefix, length, and the corpus' content, which the
+template is a part of. It is written shard by shard; a process that is killed loses the shard it was
+at.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from corrector_jax import paths
+from corrector_jax.data.prepared import SHARD, enough_disk, writing
+from corrector_jax.data.tokenize import TextTokenizer, lengths, token_fingerprint
+from corrector_jax.writer import progress, say
+
+_CHUNK = 2**13  # texts between two signs of progress
+
+
+class TokenTable(NamedTuple):
+    """A corpus as tokens.
+
+    Attributes:
+      ids: [N, T] uint16 or int32, padded with the tokenizer's pad id; on the disk, not in memory.
+      lengths: [N] int32, tokens of each target.
+      fingerprint: hex digest of all that the table depends on.
+    """
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    fingerprint: str
+
+
+def token_table(
+    texts: Sequence[str],
+    tokenizer: TextTokenizer,
+    *,
+    name: str,
+    content_fingerprint: str,
+    template: str,
+    prefix: str,
+    max_len: int,
+    folder: Path,
+) -> TokenTable:
+    """Tokenizes a corpus, unless that was done before.
+
+    Args:
+      texts: N texts, as `RetrievalData.target_texts`.
+      tokenizer: turns them to tokens, in parallel.
+      name: of the data; an earlier table of that name is what a new one is compared with.
+      content_fingerprint: of ids and texts, as `RetrievalData.fingerprint`.
+      template: what the texts were made with, named where it explains why a table is new.
+      prefix: put before every text.
+      max_len: T; longer texts lose their end.
+      folder: where tables are kept, on a local disk.
+
+    Returns:
+      The table, [N, T].
+
+    Raises:
+      UserError: T leaves no room for text, or the disk is too small; whole shards are kept.
+    """
+    key = token_fingerprint(
+        tokenizer, prefix=prefix, max_len=max_len, content_fingerprint=content_fingerprint
+    )
+    place = folder / key[:32]
+    made_of = {
+        "name": name,
+        "tokenizer": tokenizer.fingerprint,
+        "target_template": template,
+        "target_prefix": prefix,
+        "target_max_len": max_len,
+        "corpus": content_fingerprint,
+    }
+    with writing(place):
+        if not (place / "manifest.json").exists():
+            changed = _changed(folder, made_of)
+            if changed:
+                say(f"{name} is tokenized anew: {changed}")
+            _write(place, texts, tokenizer, prefix=prefix, max_len=max_len)
+            (place / "progress.json").unlink()
+            paths.write(place / "manifest.json", json.dumps(made_of, indent=1))
+    # Viewed as plain arrays: every slice of a memmap object costs microseconds.
+    ids, found = (np.asarray(np.load(place / f, mmap_mode="r")) for f in ("ids.npy", "lengths.npy"))
+    return TokenTable(ids, np.array(found), key)
+
+
+def _write(
+    place: Path, texts: Sequence[str], tokenizer: TextTokenizer, *, prefix: str, max_len: int
+) -> None:
+    example = tokenizer.encode([], max_len=max_len)
+    shape = (len(texts), max_len)
+    enough_disk(place, len(texts) * (max_len * example.itemsize + 4), "the tokens")
+    file = place / "progress.json"
+    done = json.loads(file.read_text())["done"] if file.exists() else 0
+    with (
+        (place / "ids.npy").open("ab") as ids_file,
+        (place / "lengths.npy").open("ab") as lengths_file,
+        progress("tokenizing", len(texts), "targets", done=done) as advance,
+    ):
+        # Written, not mapped: a disk that fills up is an error then, not the end of the process.
+        for table, dtype, row in ((ids_file, example.dtype, max_len), (lengths_file, "<i4", 0)):
+            header = _header(shape if row else shape[:1], np.dtype(dtype))
+            if not done:
+                table.truncate(0)
+                table.write(header)
+            else:
+                table.truncate(len(header) + done * (row or 1) * np.dtype(dtype).itemsize)
+        for start in range(done, len(texts), SHARD):
+            shard = texts[start : start + SHARD]
+            for at in range(0, len(shard), _CHUNK):
+                tokens = tokenizer.encode(shard[at : at + _CHUNK], max_len=max_len, prefix=prefix)
+                ids_file.write(tokens.tobytes())
+                lengths_file.write(lengths(tokens, tokenizer.pad_id).astype("<i4").tobytes())
+                advance(len(tokens))
+            for table in (ids_file, lengths_file):
+                table.flush()
+                os.fsync(table.fileno())
+            paths.write(file, json.dumps({"done": start + len(shard)}))
+
+
+def _header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+    """What stands in front of an array of a .npy file."""
+    buffer = io.BytesIO()
+    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
+    np.lib.format.write_array_header_1_0(buffer, {**described, "shape": shape})
+    return buffer.getvalue()
+
+
+def _changed(folder: Path, made_of: dict[str, Any]) -> str:
+    """How this table differs from the most similar one of the same name; '' = there is none."""
+    before = []
+    for file in folder.glob("*/manifest.json"):
+        other = json.loads(file.read_text())
+        if other.get("name") == made_of["name"]:
+            keys = [key for key in made_of if other.get(key) != made_of[key]]
+            before.append((len(keys), -file.stat().st_mtime, keys, other))
+    if not before:
+        return ""
+    _, _, keys, other = min(before, key=lambda found: found[:2])
+    if "target_template" in keys and "corpus" in keys:
+        keys.remove("corpus")  # it is made with the template
+    said = []
+    for key in keys:
+        if key in ("tokenizer", "corpus"):
+            said.append(f"the {key} changed")
+        else:
+            said.append(f"config.data.{key} was {other.get(key)!r} and is {made_of[key]!r}")
+    return ", ".join(said)
