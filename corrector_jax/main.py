@@ -9,6 +9,7 @@ Flags:
   --config.KEY=VALUE    sets one key
   --workdir=DIR         where everything goes; an existing one is resumed (runs/<config's name>)
   --mode=train          train, evaluating before and after; leaves results.json and report.html
+  --mode=prepare_data   fetch, write and tokenize the data of configs/nq.py and its like
   --mode=evaluate       evaluate the newest checkpoint of --workdir; leaves eval/NAME.json
   --name=NAME           of that evaluation (SPLIT-step-STEP)
 """
@@ -33,7 +34,7 @@ from corrector_jax.types import UserError  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes.")
-_MODE = flags.DEFINE_string("mode", "train", "train or evaluate.")
+_MODE = flags.DEFINE_string("mode", "train", "train, prepare_data or evaluate.")
 _NAME = flags.DEFINE_string("name", "", "Of an evaluation.")
 
 
@@ -44,10 +45,12 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{argv[1]!r} is not a flag: see --help")
     if _MODE.value == "train":
         _train()
+    elif _MODE.value == "prepare_data":
+        _prepare_data()
     elif _MODE.value == "evaluate":
         _evaluate()
     else:
-        raise UserError(f"--mode is {_MODE.value!r}: write train or evaluate")
+        raise UserError(f"--mode is {_MODE.value!r}: write train, prepare_data or evaluate")
 
 
 def cli() -> None:
@@ -76,11 +79,22 @@ def usage() -> str:
 def _train() -> None:
     from corrector_jax.train import train
 
+    _check_config()
+    name = Path(config_flags.get_config_filename(flags.FLAGS[_CONFIG.name])).stem
+    train(_CONFIG.value, Path(_WORKDIR.value or f"runs/{name}"), started=_STARTED)
+
+
+def _prepare_data() -> None:
+    from corrector_jax.prepare import prepare_data
+
+    _check_config()
+    prepare_data(_CONFIG.value)
+
+
+def _check_config() -> None:
     if _CONFIG.value is None:
         raise UserError("--config is missing: write --config=configs/quickstart.py, or see --help")
     configs.validate(_CONFIG.value)
-    name = Path(config_flags.get_config_filename(flags.FLAGS[_CONFIG.name])).stem
-    train(_CONFIG.value, Path(_WORKDIR.value or f"runs/{name}"), started=_STARTED)
 
 
 def _evaluate() -> None:

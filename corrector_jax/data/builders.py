@@ -4,12 +4,12 @@
     ROOT/retrieval_corpus/CORPUS/VERSION    the passages, in their publisher's order
     ROOT/retrieval_queries/NAME/VERSION     questions; passages are named by their ids
 
-Files are ArrayRecord, which needs no TensorFlow and is read by random access, with `tfds.data_source`
-or `layouts/tfds.py`. Both builders write shard by shard: TFDS' other builders keep a whole split in
-memory, or need TensorFlow to put it on the disk.
+Files are ArrayRecord, which is read by random access and without TensorFlow, with
+`tfds.data_source` or `layouts/tfds.py`. Both builders write shard by shard: TFDS' other builders
+keep a whole split in memory, or need TensorFlow to put it on the disk.
 
-A file that is downloaded is kept. A folder of records appears once it is whole: what a killed process
-loses is the folder it was at, and the file it was downloading.
+A file that is downloaded is kept. A folder of records appears once it is whole: what a killed
+process loses is the folder it was at, and the file it was downloading.
 """
 
 from __future__ import annotations
@@ -60,6 +60,9 @@ class _Builder(tfds.core.ShardBasedBuilder):
     """
 
     VERSION = tfds.core.Version("1.0.0")
+
+    # Where TFDS would look for checksums, with a package that it does not ask for.
+    code_path = None
 
     folder: Path
     verify: bool
@@ -196,53 +199,54 @@ class RetrievalQueries(_Builder):
         return splits
 
 
-def prepare(
-    name: str,
-    root: Path,
-    *,
-    verify: bool = True,
-    max_bad_rows: int = 0,
-    table_bytes: Callable[[int, int], int] = lambda passages, text_bytes: 0,
-) -> Path:
+def prepare(name: str, root: Path, *, verify: bool = True, max_bad_rows: int = 0) -> None:
     """Fetches a published data set and writes it as TFDS data, unless that was done before.
 
     Args:
       name: one of `published.QUERIES`.
-      root: the folder of everything, on a local disk.
+      root: the folder of everything, on a local disk; `folder_of` is what `layouts.tfds` reads.
       verify: whether files must have the published checksum and number of rows.
       max_bad_rows: how many bad rows are skipped; one more is an error.
-      table_bytes: (passages, bytes of text) -> what will be made of them later, on the same disk.
-
-    Returns:
-      The folder that `layouts.tfds.Tfds` reads.
 
     Raises:
-      UserError: a file cannot be had or is malformed, or the disk is too small.
+      UserError: a file cannot be had or is malformed, or the disk is full.
     """
-    corpus = QUERIES[name].corpus
+    settings = tfds.download.DownloadConfig(try_download_gcs=False)
     with _alone(root):
-        builders = []
-        for kind, config in ((RetrievalCorpus, corpus), (RetrievalQueries, name)):
-            builders.append(
-                kind(
-                    folder=root / "published" / config,
-                    verify=verify,
-                    max_bad_rows=max_bad_rows,
-                    data_dir=root,
-                    config=config,
-                    file_format="array_record",
+        for kind, config in ((RetrievalCorpus, QUERIES[name].corpus), (RetrievalQueries, name)):
+            builder = kind(
+                folder=root / "published" / config,
+                verify=verify,
+                max_bad_rows=max_bad_rows,
+                data_dir=root,
+                config=config,
+                file_format="array_record",
+            )
+            if not builder.data_path.exists():
+                builder.download_and_prepare(
+                    download_dir=root / "downloads", download_config=settings
                 )
-            )
-        missing = [builder for builder in builders if not builder.data_path.exists()]
-        if missing:
-            _enough_disk(name, root, with_corpus=missing[0] is builders[0], table_bytes=table_bytes)
-        settings = tfds.download.DownloadConfig(try_download_gcs=False)
-        for builder in missing:
-            builder.download_and_prepare(
-                download_dir=root / "downloads", download_config=settings
-            )
-            say(f"wrote {builder.data_path}")
-    return root / "retrieval_queries" / name
+                say(f"wrote {builder.data_path}")
+
+
+def disk_needed(name: str, root: Path) -> dict[str, int]:
+    """What `prepare` will still write below `root`: in words -> bytes, at most."""
+    queries = QUERIES[name]
+    corpus = CORPORA[queries.corpus]
+    files, written = missing_files(queries.files, root / "published" / name), 0
+    if not (root / "retrieval_corpus" / queries.corpus).exists():
+        of_corpus = missing_files(corpus.files, root / "published" / queries.corpus)
+        files += [file for file in of_corpus if file not in files]
+        written = corpus.passages * RECORD_BYTES + int(corpus.text_bytes * TEXT_SHARE)
+    if (root / "retrieval_queries" / name).exists():
+        files = []
+    # JSON lines hold addresses and keys beside the text: half as much again is more than enough.
+    archives = any(file.members for file in files)
+    return {
+        "downloads": sum(file.size for file in files),
+        "unpacked archives": int(corpus.text_bytes * 1.5) if archives else 0,
+        "records": written,
+    }
 
 
 @contextlib.contextmanager
@@ -256,8 +260,8 @@ def _alone(root: Path) -> Iterator[None]:
             except BlockingIOError:
                 say(f"waiting for another process that fills {root}")
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            left = [*root.glob("downloads/*.tmp.*"), *root.glob("retrieval_*/*/*incomplete*")]
-            for path in left:
+            left = root.glob("downloads/*/*.tmp.*"), root.glob("retrieval_*/*/incomplete.*")
+            for path in itertools.chain(*left):
                 paths.remove(path)
             yield
     except OSError as error:
@@ -265,34 +269,6 @@ def _alone(root: Path) -> Iterator[None]:
             f"{root} cannot be written ({error.strerror or error}): free some of that disk, or "
             "write a folder on another in config.data.path; what is whole there is kept."
         ) from error
-
-
-def _enough_disk(
-    name: str, root: Path, *, with_corpus: bool, table_bytes: Callable[[int, int], int]
-) -> None:
-    """Refuses to begin what the disk cannot hold."""
-    queries = QUERIES[name]
-    corpus = CORPORA[queries.corpus]
-    files = missing_files(queries.files, root / "published" / name)
-    text = 0
-    if with_corpus:
-        text = corpus.text_bytes
-        folder = root / "published" / queries.corpus
-        files += [file for file in missing_files(corpus.files, folder) if file not in files]
-    fetched = sum(file.size for file in files)
-    # JSON lines hold addresses and keys beside the text: half as much again is more than enough.
-    unpacked = int(1.5 * corpus.text_bytes) if any(file.members for file in files) else 0
-    written = corpus.passages * RECORD_BYTES + int(TEXT_SHARE * text) if with_corpus else 0
-    tables = table_bytes(corpus.passages, corpus.text_bytes)
-    needed = fetched + unpacked + written + tables
-    free = paths.free_bytes(root)
-    if free is not None and free < needed:
-        raise UserError(
-            f"{root}: {name} needs {needed / 1e9:.1f} GB ({fetched / 1e9:.1f} to fetch, "
-            f"{unpacked / 1e9:.1f} unpacked, {written / 1e9:.1f} of records, {tables / 1e9:.1f} of "
-            f"tables) but the disk has {free / 1e9:.1f} GB left: free some, or write a folder on "
-            "another disk in config.data.path."
-        )
 
 
 def _reader(name: str, folder: Path) -> Reader:

@@ -196,12 +196,14 @@ def fetch(
       UserError: a file cannot be had, or is not the published one.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    missing = missing_files(files, folder)
-    for number, file in enumerate(missing):
+    for file in files:
         packed = folder / file.name
-        if not packed.exists():
-            _download(file, missing[number:], folder, download)
-        if verify and file.md5:
+        there = file not in missing_files(files, folder)
+        if not there and not packed.exists():
+            _download(file, missing_files(files, folder), folder, download)
+        if file.members and there:
+            continue  # it was checked before it was unpacked
+        if verify and file.md5 and packed.exists():
             _check_md5(packed, file)
         if file.members:
             _unpack(packed, file, folder)
@@ -268,9 +270,12 @@ def _unpack(path: Path, file: File, folder: Path) -> None:
             if name is not None:
                 beside = folder / f"{name}.part"
                 beside.parent.mkdir(parents=True, exist_ok=True)
-                with beside.open("wb") as out:
-                    shutil.copyfileobj(content, out, 2**20)
-                paths.move(beside, folder / name)
+                try:
+                    with beside.open("wb") as out:
+                        shutil.copyfileobj(content, out, 2**20)
+                    paths.move(beside, folder / name)
+                finally:
+                    paths.remove(beside)
     except (EOFError, OSError, tarfile.TarError, zipfile.BadZipFile, ValueError) as error:
         raise UserError(
             f"{path} cannot be unpacked ({_brief(error)}): free some of the disk if it is full, or "
