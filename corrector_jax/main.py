@@ -1,7 +1,7 @@
 """Trains and evaluates dense retrievers with a corrected softmax over a stale cache.
 
   python -m corrector_jax.main --config=configs/quickstart.py
-  python -m corrector_jax.main --config=configs/beir.py --config.data.path=DIR --workdir=runs/mine
+  python -m corrector_jax.main --config=configs/own.py --config.data.path=DIR --workdir=runs/mine
   python -m corrector_jax.main --mode=evaluate --workdir=runs/mine
 
 Flags:
@@ -10,6 +10,7 @@ Flags:
   --workdir=DIR         where everything goes; an existing one is resumed (runs/<config's name>)
   --mode=train          train, evaluating before and after; leaves results.json and report.html
   --mode=prepare_data   fetch, write and tokenize the data of configs/nq.py and its like
+  --mode=check_data     what is in the data; exits 1 where training would be wrong
   --mode=evaluate       evaluate the newest checkpoint of --workdir; leaves eval/NAME.json
   --name=NAME           of that evaluation (SPLIT-step-STEP)
 """
@@ -27,14 +28,14 @@ import re  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from absl import app, flags, logging  # noqa: E402
-from ml_collections import config_flags  # noqa: E402
+from ml_collections import ConfigDict, config_flags  # noqa: E402
 
 from corrector_jax import config as configs  # noqa: E402
 from corrector_jax.types import UserError  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes.")
-_MODE = flags.DEFINE_string("mode", "train", "train, prepare_data or evaluate.")
+_MODE = flags.DEFINE_string("mode", "train", "train, evaluate, prepare_data or check_data.")
 _NAME = flags.DEFINE_string("name", "", "Of an evaluation.")
 
 
@@ -49,8 +50,12 @@ def main(argv: list[str]) -> None:
         _prepare_data()
     elif _MODE.value == "evaluate":
         _evaluate()
+    elif _MODE.value == "check_data":
+        _check_data()
     else:
-        raise UserError(f"--mode is {_MODE.value!r}: write train, prepare_data or evaluate")
+        raise UserError(
+            f"--mode is {_MODE.value!r}: write train, evaluate, prepare_data or check_data"
+        )
 
 
 def cli() -> None:
@@ -79,22 +84,28 @@ def usage() -> str:
 def _train() -> None:
     from corrector_jax.train import train
 
-    _check_config()
-    name = Path(config_flags.get_config_filename(flags.FLAGS[_CONFIG.name])).stem
-    train(_CONFIG.value, Path(_WORKDIR.value or f"runs/{name}"), started=_STARTED)
+    train(*_config_and_workdir(), started=_STARTED)
 
 
 def _prepare_data() -> None:
     from corrector_jax.prepare import prepare_data
 
-    _check_config()
-    prepare_data(_CONFIG.value)
+    prepare_data(_config_and_workdir()[0])
 
 
-def _check_config() -> None:
+def _check_data() -> None:
+    from corrector_jax.check_data import check_data
+
+    if not check_data(*_config_and_workdir()):
+        sys.exit(1)
+
+
+def _config_and_workdir() -> tuple[ConfigDict, Path]:
     if _CONFIG.value is None:
         raise UserError("--config is missing: write --config=configs/quickstart.py, or see --help")
     configs.validate(_CONFIG.value)
+    name = Path(config_flags.get_config_filename(flags.FLAGS[_CONFIG.name])).stem
+    return _CONFIG.value, Path(_WORKDIR.value or f"runs/{name}")
 
 
 def _evaluate() -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from tests import tiny
 
-PASSAGES, TRAIN, DEV, TEST = 67, 24, 9, 5
+PASSAGES, TRAIN, DEV, TEST = tiny.TARGETS, tiny.TRAIN, tiny.HELD_OUT, tiny.HELD_OUT
 
 
 class Passage(NamedTuple):

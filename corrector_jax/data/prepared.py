@@ -175,6 +175,13 @@ class _Targets:
         self._new_contents: dict[int, int] = {}
         self._pending: list[tuple[str, str]] = []
 
+    def __enter__(self) -> _Targets:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for table in self._tables.values():
+            table.close()
+
     def read(self, reader: Reader) -> None:
         """Writes the corpus, shard by shard."""
         if self._whole:
@@ -238,11 +245,10 @@ class _Targets:
         return row
 
     def finish(self) -> None:
-        """Writes what is left, and closes the tables."""
+        """Writes what is left."""
         self._write(self._pending)
         for table in self._tables.values():
             table.commit()
-            table.close()
 
     def _write_corpus(
         self, shard: dict[int, tuple[str, str, str]], taken: int, *, whole: bool
@@ -299,20 +305,20 @@ class _Judgements(NamedTuple):
 
 def _build(reader: Reader, place: Path, template: str, rows: Rows) -> None:
     """Writes all tables of a source, and last of all its manifest."""
-    targets = _Targets(place, template, rows)
-    targets.read(reader)
     without, counts = {}, {}
-    for split in reader.splits:
-        found = _read_split(reader.queries(split, rows), targets, rows)
-        kept = [query for query in found if query.positives]
-        without[split], counts[split] = len(found) - len(kept), len(kept)
-        if not kept:
-            raise UserError(
-                f"the {split} split of {reader.files[-1].parent} holds no positive: write at least "
-                "one judgement with a score above 0, or remove the split."
-            )
-        _write_split(kept, place, split)
-    targets.finish()
+    with _Targets(place, template, rows) as targets:
+        targets.read(reader)
+        for split in reader.splits:
+            found = _read_split(reader.queries(split, rows), targets, rows)
+            kept = [query for query in found if query.positives]
+            without[split], counts[split] = len(found) - len(kept), len(kept)
+            if not kept:
+                raise UserError(
+                    f"the {split} split of {reader.files[-1].parent} holds no positive: write at "
+                    "least one judgement with a score above 0, or remove the split."
+                )
+            _write_split(kept, place, split)
+        targets.finish()
     digests = {name: Texts(place / name).digest().hex() for name in ("target_ids", "target_texts")}
     manifest = {
         "layout": reader.layout,
@@ -358,10 +364,9 @@ def _read_split(found: Iterator[Query], targets: _Targets, rows: Rows) -> list[_
 
 def _write_split(queries: list[_Judgements], place: Path, split: str) -> None:
     def write(name: str, append: Callable[[Appender], None]) -> None:
-        table = Appender(place / f"{split}_{name}")
-        append(table)
-        table.commit()
-        table.close()
+        with contextlib.closing(Appender(place / f"{split}_{name}")) as table:
+            append(table)
+            table.commit()
 
     judged = [sorted(query.positives.items()) for query in queries]
     write("ids", lambda table: table.texts(query.name for query in queries))
@@ -421,11 +426,11 @@ def _fingerprint(reader: Reader, template: str) -> str:
                         content.update(chunk)
                         advance(len(chunk))
             except OSError as error:
-                reason = error.strerror or error
+                reason = error.strerror or str(error)
                 raise UserError(
                     f"{path} cannot be read ({reason}): give a readable file."
                 ) from error
-            parts.append([path.relative_to(above).as_posix(), content.hexdigest()])
+            parts.append([path.as_posix()[above:], content.hexdigest()])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -22,6 +22,9 @@ from corrector_jax.types import UserError
 MAX_ROW = 8 * 2**20
 """Bytes of the longest row: a longer one is a missing line break, and memory stays bounded."""
 
+WINDOW = 2**16
+"""Bytes of a JSON array read at once, or more where an item is longer."""
+
 COMPRESSED = ("", ".gz", ".zst")
 """What may follow a file's name."""
 
@@ -215,15 +218,14 @@ class Rows:
             found = self._array(path)
         else:
             found = ((where, _loads(line)) for where, line in self.lines(path))
-        empty = True
+        before = self.total
         for where, record in found:
-            empty = False
             if isinstance(record, dict):
                 yield where, record
             else:
                 error = UserError(f"{where}: not a JSON object: write one object a line.")
                 self.refuse(where, error)
-        if empty:
+        if self.total == before:
             raise UserError(f"{path} is empty: write one JSON object a line.")
 
     def parse(self, found: Iterator[tuple[str, Any]], make: Callable[[Any, str], T]) -> Iterator[T]:
@@ -255,7 +257,9 @@ class Rows:
                     if end == len(window) and not ended:
                         raise ValueError("it may go on")
                 except (ValueError, RecursionError):
-                    where = f"{path}:{line}"
+                    before = expected.match(window, at)
+                    begin = before.end() if before else at
+                    where = f"{path}:{line + window.count(chr(10), at, begin)}"
                     if ended or len(window) - at > MAX_ROW:
                         raise UserError(
                             f"{where}: the JSON breaks in the row that begins here: mend it, or "
@@ -263,7 +267,7 @@ class Rows:
                         ) from None
                     # Twice as much each time: a long row is tried a few times, not a thousand.
                     position = raw.tell()
-                    more = _read(file, where, count=max(2**16, len(window) - at))
+                    more = _read(file, where, count=max(WINDOW, len(window) - at))
                     window, at, ended = window[at:] + decode(more, where), 0, not more
                     self._advance(raw.tell() - position)
                 else:
@@ -275,7 +279,7 @@ class Rows:
             rest = window[at:].strip().lstrip("\ufeff[").strip() + decode(_read(file, ""), "")
             if rest.strip() != "]":
                 raise UserError(
-                    f"{path}:{line}: something follows the end of the array: write one array a file."
+                    f"{path}:{line}: something follows the array: write one array a file."
                 )
 
     def _parquet(self, path: AnyPath) -> Iterator[tuple[str, Any]]:

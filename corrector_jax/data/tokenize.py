@@ -79,6 +79,24 @@ class TextTokenizer:
                 tokens[row, : len(ids)] = ids
         return tokens
 
+    def count(self, texts: Sequence[str], *, prefix: str = "") -> np.ndarray:
+        """How many tokens texts have, special tokens included, with nothing cut off.
+
+        Args:
+          texts: n texts.
+          prefix: put before every text.
+
+        Returns:
+          [n] int32.
+        """
+        self._tokenizer.no_truncation()
+        counts = np.zeros(len(texts), np.int32)
+        for start in range(0, len(texts), _CHUNK):
+            chunk = [prefix + text for text in texts[start : start + _CHUNK]]
+            for row, encoding in enumerate(self._tokenizer.encode_batch_fast(chunk), start):
+                counts[row] = len(encoding)
+        return counts
+
 
 def lengths(tokens: np.ndarray, pad_id: int) -> np.ndarray:
     """How many tokens each row of [n, T] holds before its padding: [n] int32."""

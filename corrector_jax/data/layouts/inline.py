@@ -12,9 +12,9 @@
 
 One file is the train split. A folder has a file for each split, whose name speaks of it
 (`nq-dev.json`, `test.jsonl.gz`, `train-00000-of-00002.parquet`), and may have a corpus: a file
-whose name says corpus, collection, passages or psgs, as .jsonl {"id", "title", "text"} or as DPR's .tsv
-(id, text, title). Files are .jsonl, .json (one object a line, or one array) or .parquet, as they
-are, .gz or .zst.
+whose name says corpus, collection, passages or psgs, as .jsonl {"id", "title", "text"} or as DPR's
+.tsv (id, text, title). Files are .jsonl, .json (one object a line, or one array) or .parquet, as
+they are, .gz or .zst.
 
 A passage is known by its id, where it has one, and else by its title and text.
 """

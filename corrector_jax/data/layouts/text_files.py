@@ -33,10 +33,8 @@ class TextFiles:
           UserError: there is no text, or no query.
         """
         self._queries = row.needed(path, "queries.jsonl", _MEANING)
-        self._texts = {
-            file.as_posix()[len(path.as_posix()) + 1 :]: file
-            for file in sorted(path.rglob("*.txt"), key=str)
-        }
+        files: list[AnyPath] = sorted(path.rglob("*.txt"), key=str)
+        self._texts = {file.as_posix()[len(path.as_posix()) + 1 :]: file for file in files}
         if not self._texts:
             raise UserError(f"{path} holds no .txt file: write one a target.")
         self._held: dict[str, list[Query]] | None = None
