@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -125,3 +126,60 @@ def test_what_was_read_is_said_and_ambiguity_is_refused(tmp_path: Path, capsys):
 
 def test_every_layout_is_a_word_of_the_configuration():
     assert set(configs.WORDS["data.layout"]) == {"", *sources.LAYOUTS}
+
+
+def test_templates_are_filled_in_and_stripped(tmp_path: Path):
+    data = load(written.beir(tmp_path / "tiny", titled=True), target_template=" {title}: {text}\n")
+    assert data.target_texts[3] == f"{written.title(3, True)}: {written.text(3)}"
+
+
+def test_queries_come_in_the_order_of_their_judgements_with_their_grades(tmp_path: Path):
+    folder = written.beir(tmp_path / "tiny")
+    lines = ["query-id\tcorpus-id\tscore", "dev3\tt0\t0", "dev2\tt9\t1", "dev1\tt3\t1"]
+    lines += ["dev3\tt2\t2", "dev2\tt1\t3"]
+    (folder / "qrels" / "dev.tsv").write_text("\n".join(lines))
+    split = load(folder).splits["dev"]
+    assert list(split.query_ids) == ["dev3", "dev2", "dev1"]
+    assert [rows.tolist() for rows in split.positives] == [[2], [1, 9], [3]]
+    assert [grades.tolist() for grades in split.grades] == [[2], [3, 1], [1]]
+    assert [rows.tolist() for rows in split.negatives] == [[0], [], []]
+
+
+@pytest.mark.parametrize(
+    ("answers", "text", "holds"),
+    [
+        (["Zürich"], "the city of zurich, where", True),
+        (["art"], "a party", False),
+        (["U.S."], "in the U S of then", True),
+        ([""], "anything", False),
+        (["東京"], "東京は日本の首都です", False),  # words are found, not parts of them
+        (["no", "new york"], "the New-York Times", True),
+    ],
+)
+def test_a_passage_is_positive_if_it_holds_the_words_of_an_answer(
+    tmp_path: Path, answers: list[str], text: str, holds: bool
+):
+    row = {"question": "q", "answers": answers, "ctxs": [{"title": "", "text": text}]}
+    sure = {"title": "", "text": "certainly", "has_answer": True}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row | {"ctxs": [*row["ctxs"], sure]}))
+    split = load(tmp_path).splits["train"]
+    assert len(split.positives[0]) == 1 + holds
+
+
+def test_real_data_with_several_positives(shared_data: Path, tmp_path: Path):
+    folder = shared_data / "medquad"
+    data = sources.load(str(folder), cache_dir=str(tmp_path))
+    assert len(data.target_ids) == 15_808
+    for name, count, largest in (("train", 11_205, 19), ("dev", 1_454, 7)):
+        split = data.splits[name]
+        lines = (folder / "qrels" / f"{name}.tsv").read_text().splitlines()[1:]
+        found = {
+            (query, data.target_ids[row])
+            for query, rows in zip(split.query_ids, split.positives, strict=True)
+            for row in rows
+        }
+        assert found == {tuple(line.split("\t")[:2]) for line in lines}
+        assert len(split.query_ids) == count
+        known = data.known_positives(name)
+        assert known.shape == (count, largest)
+        assert (known >= 0).sum() == len(lines)

@@ -101,3 +101,64 @@ def test_batches_hold_what_belongs_together():
         assert batch.valid.all()
         assert all(isinstance(leaf, np.ndarray) for leaf in batch)
     assert any((a.positive != b.positive).any() for a, b in pairwise(batches))
+
+
+def test_batches_are_cut_to_the_first_width_that_holds_them():
+    rng = np.random.default_rng(0)
+    lengths = np.where(rng.random(200) < 0.02, 30, rng.integers(3, 9, 200)).astype(np.int32)
+    widths = order.bucket_widths(lengths, batch_size=8, multiple=8)
+    assert widths == (8, 32)
+    table = np.where(np.arange(32) < lengths[:, None], 7, 0).astype(np.uint16)
+    arguments = {
+        "query_tokens": table,
+        "positives": [np.array([0], np.int32)] * 200,
+        "known": np.zeros((200, 1), np.int32),
+        "batch_size": 8,
+        "seed": 0,
+    }
+    seen = set()
+    for step in range(40):
+        whole = make_batch(step, **arguments)
+        cut = make_batch(step, **arguments, lengths=lengths, widths=widths)
+        width = cut.query_tokens.shape[1]
+        seen.add(width)
+        np.testing.assert_array_equal(cut.query_tokens, whole.query_tokens[:, :width])
+        assert not whole.query_tokens[:, width:].any()
+        np.testing.assert_array_equal(cut.positive, whole.positive)
+    assert seen == {8, 32}
+
+
+def test_widths_are_those_of_the_median_batch_and_of_the_longest_query():
+    assert order.bucket_widths(np.full(9, 5), batch_size=4, multiple=8) == (8,)
+    lengths = np.concatenate([np.full(900, 10), np.full(100, 60)])
+    assert order.bucket_widths(lengths, batch_size=2, multiple=8) == (16, 64)  # .9 ** 2 > .5
+    assert order.bucket_widths(lengths, batch_size=32, multiple=8) == (64,)
+
+
+def test_work_ahead_is_in_order_bounded_and_ends_with_its_reader():
+    made: list[int] = []
+
+    def make(step: int) -> int:
+        made.append(step)
+        return step * step
+
+    found = order.ahead(make, range(3, 9), depth=2)
+    assert next(found) == 9
+    found.close()
+    assert max(made) <= 3 + 2
+    made.clear()
+    assert list(order.ahead(make, range(3, 9), depth=2)) == [9, 16, 25, 36, 49, 64]
+    assert made == list(range(3, 9))
+    assert list(order.ahead(make, range(5, 5))) == []
+
+
+def test_an_error_in_work_ahead_comes_where_its_result_would():
+    def make(step: int) -> int:
+        if step == 2:
+            raise RuntimeError("broken")
+        return step
+
+    found = order.ahead(make, range(9))
+    assert [next(found), next(found)] == [0, 1]
+    with pytest.raises(RuntimeError, match="broken"):
+        next(found)

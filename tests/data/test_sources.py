@@ -1,46 +1,73 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from corrector_jax.data import beir, code_search, sources
+from corrector_jax.data import code_search, sources
 from corrector_jax.data.dataset import RetrievalData, Split
 from corrector_jax.types import UserError
+from tests.data import written
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def _two_targets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both readers give two targets and a test query for each; the name tells what they got."""
+    """The embedded data are two targets and a test query for each."""
 
-    def read(folder: str = "embedded", *, target_template: str) -> RetrievalData:
+    def build(*, target_template: str) -> RetrievalData:
         rows = [np.array([row], np.int32) for row in range(2)]
         grades = [np.ones(1, np.int32)] * 2
         test = Split(query_ids=["p", "q"], texts=["one?", "two?"], positives=rows, grades=grades)
         return RetrievalData(
-            name=f"{folder}, {target_template}",
+            name=f"embedded, {target_template}",
             target_ids=["a", "b"],
             target_texts=["one", "two"],
             splits={"test": test},
         )
 
-    monkeypatch.setattr(beir, "read", read)
-    monkeypatch.setattr(code_search, "build", read)
+    monkeypatch.setattr(code_search, "build", build)
 
 
-@pytest.mark.parametrize(("path", "source"), [("", "embedded"), ("some/folder", "some/folder")])
-def test_the_path_chooses_the_source(path: str, source: str):
-    assert sources.load(path, target_template="{text}!").name == f"{source}, {{text}}!"
+@pytest.mark.usefixtures("_two_targets")
+def test_without_a_path_the_embedded_data_are_made():
+    assert sources.load("", target_template="{text}!").name == "embedded, {text}!"
 
 
-@pytest.mark.parametrize("path", ["", "some/folder"])
-def test_what_was_read_is_cut(path: str):
+@pytest.mark.usefixtures("_two_targets")
+@pytest.mark.parametrize("embedded", [True, False])
+def test_what_was_read_is_cut(tmp_path: Path, embedded: bool):
+    path = ""
+    if not embedded:
+        (tmp_path / "test.jsonl").write_text(
+            "".join(json.dumps({"query": q, "pos": [q[:-1]]}) + "\n" for q in ("one?", "two?"))
+        )
+        path = str(tmp_path / "test.jsonl")
+
     def sizes(**cut: int) -> tuple[int, int]:
-        data = sources.load(path, **cut)
+        data = sources.load(path, cache_dir=str(tmp_path / "cache"), **cut)
         return len(data.target_ids), len(data.splits["test"].texts)
 
     assert sizes() == sizes(max_targets=5) == (2, 2)
     assert sizes(max_targets=1) == (1, 1)
     assert sizes(max_queries=1) == (2, 1)
+
+
+def test_a_cut_keeps_hard_negatives_and_answers_with_their_queries(tmp_path: Path):
+    folder = written.dpr(tmp_path / "tiny")
+    whole = sources.load(str(folder), cache_dir=str(tmp_path / "cache"))
+    small = sources.load(str(folder), cache_dir=str(tmp_path / "cache"), max_targets=20)
+    kept = set(small.target_texts)
+    for name, split in small.splits.items():
+        before = whole.splits[name]
+        for i, text in enumerate(split.texts):
+            j = list(before.texts).index(text)
+            assert split.answers[i] == before.answers[j]
+            left = [whole.target_texts[row] for row in before.negatives[j]]
+            assert [small.target_texts[row] for row in split.negatives[i]] == [
+                text for text in left if text in kept
+            ]
 
 
 @pytest.mark.parametrize("template", ["{titel} {text}", "{}", "{text", "{text[a]}", "passage:"])
