@@ -225,8 +225,12 @@ def make_job(config: ConfigDict) -> Job:
     )
 
 
-def load_data(config: ConfigDict) -> RetrievalData:
+def load_data(config: ConfigDict, max_bad_rows: int = 0) -> RetrievalData:
     """Reads the data that the configuration names.
+
+    Args:
+      config: validated.
+      max_bad_rows: how many bad rows are skipped, if more than the configuration allows.
 
     Raises:
       UserError: it is not there, or something is wrong with it.
@@ -246,7 +250,7 @@ def load_data(config: ConfigDict) -> RetrievalData:
         max_targets=config.data.max_targets,
         max_queries=config.data.max_queries,
         cache_dir=config.data.cache_dir,
-        max_bad_rows=config.data.max_bad_rows,
+        max_bad_rows=max(max_bad_rows, config.data.max_bad_rows),
     )
 
 

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -273,6 +274,19 @@ def test_bad_rows_may_be_skipped(tmp_path):
     builders.prepare("nq", tmp_path, verify=False, max_bad_rows=1)
     found = [target.id for target in reader(tmp_path, "nq").targets(Rows())]
     assert found == [str(n) for n in range(1, published_files.PASSAGES + 1) if n != 9]
+
+
+def test_a_full_disk_is_said_and_leaves_nothing_half(tmp_path):
+    published_files.write("msmarco", tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, before[1]))
+        message = refusal(tmp_path, "msmarco", verify=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert f"{tmp_path} cannot be written (write() failed: File too large" in message
+    builders.prepare("msmarco", tmp_path, verify=False)
+    assert sum(1 for _ in reader(tmp_path, "msmarco").targets(Rows())) == published_files.PASSAGES
 
 
 def test_what_a_killed_process_left_is_removed_and_its_downloads_are_kept(tmp_path):
