@@ -15,6 +15,7 @@ REQUIRED = [
     "numpy>=2.4",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
+    "pyarrow>=26.0.1",
     "PyStemmer>=3.1",
     "safetensors>=0.8",
     # Wheels exist for Linux only; everything but the ScaNN path works without it.

@@ -71,7 +71,7 @@ def test_good_data_are_right_and_counted(folder: Path, capsys):
 def test_refused_rows_are_wrong_unless_they_are_allowed(
     folder: Path, file: str, line: str, kind: str
 ):
-    append(folder / file, line, line)
+    append(folder / file, line, line.replace("train0", "train1"))
     right, _, findings = check(folder)
     assert not right
     finding = findings[f"rows refused: {kind}"]
