@@ -54,9 +54,7 @@ def default() -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.path = ""  # a folder or file; empty = Python functions of the installed packages
-    c.data.published = (
-        ""  # nq | msmarco | triviaqa | hotpotqa: below data.path (docs/published_data.md)
-    )
+    c.data.published = ""  # nq | msmarco | triviaqa | hotpotqa: see docs/published_data.md
     c.data.verify = True  # published files must have the known md5 and number of rows
     c.data.layout = ""  # how it is laid out (docs/data.md); empty = look, and say
     c.data.max_bad_rows = 0  # rows of the source that may be skipped; one more is an error

@@ -81,7 +81,7 @@ def test_prepare_then_train_twenty_steps(folder, name, capsys):
     assert sum(losses[-5:]) < sum(losses[:5])
 
     check_data(config, folder / name)  # finds the same data
-    assert f"data: {name}" in capsys.readouterr().out
+    assert f"{name}: 67 targets" in capsys.readouterr().out
 
 
 def test_the_command_line_says_what_to_do_without_a_network(tmp_path):

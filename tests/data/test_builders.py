@@ -302,6 +302,29 @@ def test_what_a_killed_process_left_is_removed_and_its_downloads_are_kept(tmp_pa
     assert (tmp_path / "published" / PSGS).exists()
 
 
+def test_records_that_cannot_be_read_are_said_so(tmp_path):
+    published_files.write("msmarco", tmp_path)
+    builders.prepare("msmarco", tmp_path, verify=False)
+    path = tmp_path / "retrieval_queries" / "msmarco"
+    (file,) = (tmp_path / "retrieval_corpus").rglob("*.array_record-*")
+    whole = file.read_bytes()
+    for content in (whole[:-500], b"", whole[:3000] + b"?" + whole[3001:]):
+        file.write_bytes(content)
+        with pytest.raises(
+            UserError, match=r"_corpus/msmarco cannot be read .*again with"
+        ):
+            list(Tfds(path).targets(Rows()))
+    file.write_bytes(whole)
+    information = next(path.rglob("dataset_info.json"))
+    information.write_text("{")
+    with pytest.raises(UserError, match=r"msmarco/1\.0\.0 cannot be read"):
+        Tfds(path)
+    information.unlink()
+    with pytest.raises(UserError, match="holds no TFDS data: make it with --mode=prepare_data"):
+        Tfds(path)
+    assert not Tfds.found_in(path)
+
+
 def test_every_file_says_where_it_is_and_is_unique():
     for name, queries in published.QUERIES.items():
         corpus = published.CORPORA[queries.corpus]

@@ -96,11 +96,8 @@ def _open(path: AnyPath, kind: str) -> Any:
     try:
         builder = tfds.builder_from_directory(str(versions[-1]))
         found = set(builder.info.features)
-    except (KeyError, OSError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{versions[-1]} cannot be read ({' '.join(str(error).split())[:120]}): remove it and "
-            "make it again with --mode=prepare_data."
-        ) from error
+    except Exception as error:  # whatever the parsers below raise
+        raise _unreadable(versions[-1], error) from error
     if found != _FIELDS[kind]:
         raise UserError(
             f"{versions[-1]} holds {', '.join(sorted(found))} and not "
@@ -112,9 +109,22 @@ def _open(path: AnyPath, kind: str) -> Any:
 def _records(
     builder: Any, split: str, folder: AnyPath, rows: Rows
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    source = builder.as_data_source(split)
-    for start in range(0, len(source), _CHUNK):
-        chunk = range(start, min(start + _CHUNK, len(source)))
-        for number, record in zip(chunk, source.__getitems__(list(chunk)), strict=True):
+    source, start, size = None, 0, 1
+    while start < size:
+        try:
+            source = source or builder.as_data_source(split)
+            size = len(source)
+            records = source.__getitems__(list(range(start, min(start + _CHUNK, size))))
+        except (RuntimeError, ValueError) as error:  # a file is missing, cut short or changed
+            raise _unreadable(folder, error) from error
+        for number, record in enumerate(records, start + 1):
             rows.total += 1
-            yield f"{folder}:{number + 1}", record
+            yield f"{folder}:{number}", record
+        start += _CHUNK
+
+
+def _unreadable(folder: AnyPath, error: Exception) -> UserError:
+    return UserError(
+        f"{folder} cannot be read ({' '.join(str(error).split())[:160]}): remove it and make it "
+        "again with --mode=prepare_data."
+    )
