@@ -18,6 +18,7 @@ from corrector_jax import losses, optimizer, paths, rng, weights
 from corrector_jax.cache import TargetCache, TargetTokens
 from corrector_jax.data import dataset, order, sources, tokenize
 from corrector_jax.data.dataset import RetrievalData
+from corrector_jax.data.published import folder_of
 from corrector_jax.data.token_table import TokenTable, token_table
 from corrector_jax.embed import Embedder
 from corrector_jax.models import corrector as correctors
@@ -237,7 +238,7 @@ def load_data(config: ConfigDict, max_bad_rows: int = 0) -> RetrievalData:
     """
     path = config.data.path
     if config.data.published:
-        path = f"{path}/retrieval_queries/{config.data.published}"
+        path = folder_of(config.data.published, path)
         if not paths.make(path).exists():
             raise UserError(
                 f"{config.data.published} is not in {config.data.path!r} yet: run the same command "

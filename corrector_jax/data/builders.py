@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import csv
 import fcntl
 import functools
 import itertools
@@ -90,7 +89,10 @@ class _Builder(tfds.core.ShardBasedBuilder):
         """Brings files to `folder`."""
 
         def download(url: str) -> Path:
-            return Path(manager.download(url))
+            try:
+                return Path(manager.download(url))
+            except Exception as error:  # TFDS has no common class of them
+                raise OSError(str(error)) from error
 
         fetch(files, self.folder, download, verify=self.verify)
 
@@ -202,7 +204,7 @@ def prepare(name: str, root: Path, *, verify: bool = True, max_bad_rows: int = 0
 
     Args:
       name: one of `published.QUERIES`.
-      root: the folder of everything, on a local disk; `folder_of` is what `layouts.tfds` reads.
+      root: the folder of everything, on a local disk; see `published.folder_of`.
       verify: whether files must have the published checksum and number of rows.
       max_bad_rows: how many bad rows are skipped; one more is an error.
 
@@ -231,13 +233,14 @@ def disk_needed(name: str, root: Path) -> dict[str, int]:
     """What `prepare` will still write below `root`: in words -> bytes, at most."""
     queries = QUERIES[name]
     corpus = CORPORA[queries.corpus]
-    files, written = missing_files(queries.files, root / "published" / name), 0
-    if not (root / "retrieval_corpus" / queries.corpus).exists():
+    version = str(_Builder.VERSION)
+    files, written = [], 0
+    if not (root / "retrieval_queries" / name / version).exists():
+        files += missing_files(queries.files, root / "published" / name)
+    if not (root / "retrieval_corpus" / queries.corpus / version).exists():
         of_corpus = missing_files(corpus.files, root / "published" / queries.corpus)
         files += [file for file in of_corpus if file not in files]
         written = corpus.passages * RECORD_BYTES + int(corpus.text_bytes * TEXT_SHARE)
-    if (root / "retrieval_queries" / name).exists():
-        files = []
     # JSON lines hold addresses and keys beside the text: half as much again is more than enough.
     archives = any(file.members for file in files)
     return {
@@ -280,12 +283,10 @@ def _answered(path: paths.AnyPath, rows: Rows) -> Iterator[Query]:
     """DPR's .qa.csv: a question and a Python list of its answers, separated by a tab."""
 
     def query(line: str, where: str) -> Query:
-        text, listed = row.columns(line, ["question", "answers"], where)
+        text, listed = inline.csv_columns(line, ["question", "answers"], where)
         try:
-            # As csv writes a list whose texts hold quotes.
-            (listed,) = next(csv.reader([listed], delimiter="\t"))
             answers = ast.literal_eval(listed)
-        except (ValueError, SyntaxError, RecursionError, MemoryError, csv.Error):
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
             answers = None
         if not isinstance(answers, list) or not all(isinstance(one, str) for one in answers):
             raise UserError(

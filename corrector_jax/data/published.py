@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import shutil
 import tarfile
+import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -189,7 +190,7 @@ def fetch(
     Args:
       files: which.
       folder: where to.
-      download: url -> the file it was downloaded to.
+      download: url -> the file it was downloaded to; raises an OSError if that fails.
       verify: whether packed files must have their md5.
 
     Raises:
@@ -209,6 +210,11 @@ def fetch(
             _unpack(packed, file, folder)
 
 
+def folder_of(name: str, root: str) -> str:
+    """The prepared data set `name` below `root`, which `layouts.tfds` reads."""
+    return f"{root}/retrieval_queries/{name}"
+
+
 def missing_files(files: tuple[File, ...], folder: Path) -> list[File]:
     """Those of `files` that a folder does not hold in readable form; archives are not."""
     return [file for file in files if not all(find(folder, name) for name in file.contents)]
@@ -223,18 +229,15 @@ def instructions(files: list[File], folder: Path) -> str:
 def _download(
     file: File, missing: list[File], folder: Path, download: Callable[[str], Path]
 ) -> None:
-    import requests
-
     reason: Exception | None = None
     for url in file.urls:
         try:
             # Asked first: a host that is out of reach is found out at once, and not in the four
             # minutes that the retries of a download take.
-            with requests.get(url, stream=True, timeout=30) as response:
-                response.raise_for_status()
+            urllib.request.urlopen(url, timeout=30).close()
             say(f"downloading {url}")
             fetched = download(url)
-        except (requests.RequestException, OSError) as error:
+        except OSError as error:
             reason = error
         else:
             # TFDS keeps its record of address, size and sha256 where it downloads to.

@@ -9,6 +9,7 @@ import json
 import resource
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -34,13 +35,10 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch) -> None:
-    import requests
+    def refuse(url, **_):
+        raise OSError(f"no route to {url}")
 
-    def refuse(self, url, **_):
-        raise requests.ConnectionError(f"no route to {url}")
-
-    monkeypatch.setattr(requests.Session, "get", refuse)
-    monkeypatch.setattr(requests, "get", lambda url, **more: refuse(None, url))
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
 
 
 def reader(root: Path, name: str) -> Tfds:
@@ -178,11 +176,11 @@ def test_a_download_is_kept_where_a_file_put_by_hand_would_be(tmp_path, monkeypa
 
     asked = []
 
-    def get(*arguments, **_):
-        asked.append(arguments[-1])
-        return Response(arguments[-1])
+    def get(self, url, **_):
+        asked.append(url)
+        return Response(url)
 
-    monkeypatch.setattr(requests, "get", get)
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url, **_: io.BytesIO())
     monkeypatch.setattr(requests.Session, "get", get)
     root = tmp_path / "root"
     builders.prepare("nq", root, verify=False)
@@ -227,6 +225,7 @@ BIENCODER = "nq/biencoder-nq-train.json.gz"
     [
         (PSGS, "id\ttext", "id,text", "psgs_w100.tsv.gz:1: the header is missing"),
         (PSGS, "\n9\t", "\n9 ", "psgs_w100.tsv.gz:10: 2 column(s) instead of 3"),
+        (PSGS, "\n9\t", "\n9\t\rx", "psgs_w100.tsv.gz:10: new-line character"),
         (PSGS, f'"\t{TITLE}\n', f"\t{TITLE}\n", "psgs_w100.tsv.gz:3: 2 column(s) instead of 3"),
         (BIENCODER, '"question": "train1', '"question": 1, "x": "', "json.gz:"),
         (BIENCODER, '"passage_id"', '"passage"', "a passage has no passage_id"),
@@ -310,9 +309,7 @@ def test_records_that_cannot_be_read_are_said_so(tmp_path):
     whole = file.read_bytes()
     for content in (whole[:-500], b"", whole[:3000] + b"?" + whole[3001:]):
         file.write_bytes(content)
-        with pytest.raises(
-            UserError, match=r"_corpus/msmarco cannot be read .*again with"
-        ):
+        with pytest.raises(UserError, match=r"_corpus/msmarco cannot be read .*again with"):
             list(Tfds(path).targets(Rows()))
     file.write_bytes(whole)
     information = next(path.rglob("dataset_info.json"))

@@ -271,7 +271,6 @@ def _json_target(record: Record, where: str) -> Target:
 
 def tsv_corpus(path: AnyPath, rows: Rows) -> Iterator[Target]:
     """The passages of DPR's .tsv, as csv writes it: what holds a tab or a quote is in quotes."""
-    csv.field_size_limit(row.MAX_ROW)  # a line is no longer than that
     lines = rows.lines(path)
     where, header = next(lines, (f"{path}:1", ""))
     if header.split("\t") != ["id", "text", "title"]:
@@ -281,16 +280,29 @@ def tsv_corpus(path: AnyPath, rows: Rows) -> Iterator[Target]:
         )
 
     def target(line: str, where: str) -> Target:
-        fields = next(csv.reader([line], delimiter="\t"))
-        if len(fields) != 3:
-            raise UserError(
-                f"{where}: {len(fields)} column(s) instead of 3: write id, text, title, separated "
-                "by tabs, and every quote of a column in quotes twice."
-            )
-        name, text, title = fields
+        name, text, title = csv_columns(line, ["id", "text", "title"], where)
         return Target(where, row.identifier(name, "id", where), title, text)
 
     yield from rows.parse(lines, target)
+
+
+def csv_columns(line: str, names: list[str], where: str) -> list[str]:
+    """The columns of a tab-separated line that csv wrote.
+
+    Raises:
+      UserError: they are more or fewer than `names`, or not as csv writes them.
+    """
+    csv.field_size_limit(row.MAX_ROW)  # a line is no longer than that
+    try:
+        fields = next(csv.reader([line], delimiter="\t"))
+    except csv.Error as error:
+        raise UserError(f"{where}: {error}: write one row a line, as csv does.") from error
+    if len(fields) != len(names):
+        raise UserError(
+            f"{where}: {len(fields)} column(s) instead of {len(names)}: write {', '.join(names)}, "
+            "separated by tabs, and every quote inside of a column in quotes twice."
+        )
+    return fields
 
 
 def _passage(record: Any, where: str) -> Target:
