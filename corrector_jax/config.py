@@ -18,7 +18,7 @@ from corrector_jax.types import UserError
 WORDS: dict[str, tuple[str, ...]] = {
     "strategy": tuple(STRATEGIES),
     "data.layout": (
-        *("", "beir", "dpr", "tevatron", "flag_embedding", "columns", "msmarco", "fid"),
+        *("", "beir", "msmarco", "dpr", "tevatron", "flag_embedding", "fid", "columns"),
         *("text_files", "tfds"),
     ),
     "data.published": ("", "nq", "msmarco", "triviaqa", "hotpotqa"),
@@ -37,7 +37,7 @@ WORDS: dict[str, tuple[str, ...]] = {
 
 FREE = (
     *("eval", "log", "checkpoint", "embed", "search"),
-    *("data.cache_dir", "data.max_bad_rows", "data.verify"),
+    *("data.layout", "data.cache_dir", "data.max_bad_rows", "data.verify"),
 )
 """Sections and keys that do not shape the training state: they may differ when a run is resumed."""
 

@@ -106,3 +106,14 @@ def test_train_then_evaluate_from_the_command_line(tmp_path):
     assert done.returncode == 2
     assert "seed (0 there, 3 now)" in done.stderr
     assert (workdir / "results.json").read_bytes() == results
+
+
+def test_check_data_ends_with_code_1_where_training_would_be_wrong(tmp_path):
+    arguments = ["--config=configs/own.py", "--mode=check_data", f"--workdir={tmp_path / 'run'}"]
+    arguments += flags_of(tmp_path)
+    with (tmp_path / "data" / "qrels" / "dev.tsv").open("a") as file:
+        file.write("dev0\tnowhere\t1\n")
+    done = command(*arguments)
+    assert done.returncode == 1, done.stderr
+    assert "1 finding(s) would make training wrong" in done.stdout
+    assert not json.loads((tmp_path / "run" / "check_data.json").read_text())["right"]

@@ -111,7 +111,8 @@ def eval_split(data: RetrievalData, wanted: str = "auto") -> str:
     asked = "a test or dev split" if wanted == "auto" else f"a {wanted} split"
     raise UserError(
         f"{data.name} has no queries for {asked}, which the evaluation needs; "
-        f"it has: {', '.join(data.splits) or 'no split at all'}."
+        f"it has: {', '.join(data.splits) or 'no split at all'}; add one, such as dev.jsonl or "
+        "qrels/dev.tsv."
     )
 
 

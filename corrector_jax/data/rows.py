@@ -47,7 +47,7 @@ class Target(NamedTuple):
     """A row of a corpus, or a passage that stands inside of a query's row.
 
     Attributes:
-      where: 'file:line'.
+      where: 'file:line', and more where several rows share a line; no other row has it.
       id: its name; '' = it has none, and is known by its title and text.
       title: '' where there is none.
       text: what it says.
@@ -242,7 +242,7 @@ class Rows:
         """The items of a JSON array, decoded one by one from a window of the file."""
         decoder, decode = json.JSONDecoder(), _utf8(path)
         with _opened(path) as (file, raw):
-            window, at, line, ended, expected = "", 0, 1, False, _OPENED
+            window, at, line, number, ended, expected = "", 0, 1, 0, False, _OPENED
             while True:
                 try:
                     if _CLOSED.match(window, at) and expected is _COMMA:
@@ -273,7 +273,8 @@ class Rows:
                 else:
                     line += window.count("\n", at, begin)
                     self.total += 1
-                    yield f"{path}:{line}", item
+                    number += 1  # many rows may stand in one line
+                    yield f"{path}:{line} (row {number})", item
                     line += window.count("\n", begin, end)
                     at, expected = end, _COMMA
             rest = window[at:].strip().lstrip("\ufeff[").strip() + decode(_read(file, ""), "")

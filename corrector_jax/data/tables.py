@@ -14,6 +14,8 @@ from typing import IO, overload
 
 import numpy as np
 
+from corrector_jax.types import UserError
+
 _CHUNK = 2**24  # bytes hashed at once
 
 
@@ -21,7 +23,15 @@ class Texts(Sequence[str]):
     """A list of texts on disk: a text is decoded when it is asked for."""
 
     def __init__(self, path: Path, known_digest: str = "") -> None:
-        """Opens the table `path`.{data,ends}; `known_digest`, in hex, spares making it again."""
+        """Opens a table.
+
+        Args:
+          path: of its files, without .data and .ends.
+          known_digest: in hex, what `digest` gives; '' = it is made when asked for.
+
+        Raises:
+          UserError: the files do not fit together.
+        """
         self._data, self._ends = _open(path, np.uint8)
         self._digest = bytes.fromhex(known_digest)
 
@@ -76,7 +86,11 @@ class Numbers(Sequence[np.ndarray]):
     """A list of arrays int32 on disk, of any lengths."""
 
     def __init__(self, path: Path) -> None:
-        """Opens the table `path`.{data,ends}."""
+        """Opens the table whose files are `path`.data and `path`.ends.
+
+        Raises:
+          UserError: they do not fit together.
+        """
         self._data, self._ends = _open(path, np.int32)
 
     def __len__(self) -> int:
@@ -158,10 +172,19 @@ def digest(texts: Sequence[str]) -> bytes:
 
 
 def _open(path: Path, dtype: type) -> tuple[np.ndarray, np.ndarray]:
-    found = []
-    for end, kind in (("data", dtype), ("ends", np.dtype("<i8"))):
-        file = path.with_name(f"{path.name}.{end}")
-        # An empty file cannot be mapped.
-        empty = file.stat().st_size == 0
-        found.append(np.zeros(0, kind) if empty else np.asarray(np.memmap(file, kind, "r")))
-    return found[0], found[1]
+    data, ends = (
+        _mapped(path.with_name(f"{path.name}.{end}"), np.dtype(kind))
+        for end, kind in (("data", dtype), ("ends", "<i8"))
+    )
+    if len(data) != (ends[-1] if len(ends) else 0):
+        raise UserError(
+            f"{path}.data is damaged: remove the folder {path.parent}, so that it is made anew."
+        )
+    return data, ends
+
+
+def _mapped(file: Path, dtype: np.dtype) -> np.ndarray:
+    if not file.stat().st_size:
+        return np.zeros(0, dtype)  # an empty file cannot be mapped
+    # A plain array: every slice of a memmap object costs microseconds.
+    return np.asarray(np.memmap(file, dtype, "r"))

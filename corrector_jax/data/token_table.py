@@ -19,6 +19,7 @@ import numpy as np
 from corrector_jax import paths
 from corrector_jax.data.prepared import SHARD, enough_disk, writing
 from corrector_jax.data.tokenize import TextTokenizer, lengths, token_fingerprint
+from corrector_jax.types import UserError
 from corrector_jax.writer import progress, say
 
 _CHUNK = 2**13  # texts between two signs of progress
@@ -87,9 +88,14 @@ def token_table(
             _write(place, texts, tokenizer, prefix=prefix, max_len=max_len)
             (place / "progress.json").unlink()
             paths.write(place / "manifest.json", json.dumps(made_of, indent=1))
-    # Viewed as plain arrays: every slice of a memmap object costs microseconds.
-    ids, found = (np.asarray(np.load(place / f, mmap_mode="r")) for f in ("ids.npy", "lengths.npy"))
-    return TokenTable(ids, np.array(found), key)
+    try:
+        found = [np.load(place / name, mmap_mode="r") for name in ("ids.npy", "lengths.npy")]
+    except ValueError as error:
+        raise UserError(
+            f"{place} is damaged ({error}): remove it, so that it is made anew."
+        ) from error
+    # A plain array: every slice of a memmap object costs microseconds.
+    return TokenTable(np.asarray(found[0]), np.array(found[1]), key)
 
 
 def _write(

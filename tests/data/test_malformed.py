@@ -334,7 +334,7 @@ LINES = st.one_of(
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(lines=st.lists(LINES, max_size=8), end=st.sampled_from([b"\n", b"\r\n"]))
 def test_rows_read_and_rows_refused_are_the_rows_of_the_file(tmp_path: Path, lines, end):
@@ -356,6 +356,27 @@ def test_rows_read_and_rows_refused_are_the_rows_of_the_file(tmp_path: Path, lin
         assert counter.total == len(expected)
 
 
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(lines=st.lists(LINES, max_size=8))
+def test_lines_of_corpora_and_judgements_are_all_counted(tmp_path: Path, lines):
+    lines = [part for line in [b"1\tfirst", *lines] for part in line.split(b"\n")]
+    expected = [i for i, line in enumerate(lines, 1) if is_row(line, first=i == 1)]
+    (tmp_path / "collection.tsv").write_bytes(b"\n".join(lines))
+    (tmp_path / "queries.train.tsv").write_bytes(b"1\tq\na\tb")
+    (tmp_path / "qrels.train.tsv").write_bytes(b"\n".join(lines))
+    reader = sources.LAYOUTS["msmarco"](tmp_path)
+    counter = Rows(max_bad=100)
+    found = [target.where for target in reader.targets(counter)]
+    assert sorted(int(where.rsplit(":")[-1]) for where in [*found, *counter.refused]) == expected
+    counter = Rows(max_bad=100)
+    judged = [one for query in reader.queries("train", counter) for one in query.positives]
+    assert counter.total == 2 + len(expected)
+    if len(set(lines)) == len(lines):  # a judgement that stands twice is one
+        assert len(judged) + len(counter.refused) == len(expected)
+
+
 def is_row(content: bytes, *, first: bool) -> bool:
     try:
         return bool(content.decode("utf-8-sig" if first else "utf-8").strip())
@@ -364,7 +385,7 @@ def is_row(content: bytes, *, first: bool) -> bool:
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     items=st.lists(
@@ -391,12 +412,11 @@ def test_arrays_are_read_item_by_item_as_json_reads_them(tmp_path: Path, items, 
         found = [record for _, record in counter.records(path)]
     assert found == [item for item in items if isinstance(item, dict)]
     assert counter.total == len(items)
-    if indent is not None:  # every item begins a line of its own there
-        assert len(counter.refused) == len(items) - len(found)
+    assert len(counter.refused) == len(items) - len(found)  # on one line or on many
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     content=st.binary(max_size=200),

@@ -210,3 +210,12 @@ def test_the_cache_is_on_a_local_disk(tmp_path: Path, monkeypatch):
     assert sources.cache_folder(str(tmp_path / "x")) == tmp_path / "x"
     with pytest.raises(UserError, match="is not a local folder"):
         sources.cache_folder("memory://cache")
+
+
+def test_a_damaged_cache_is_named(tmp_path: Path):
+    folder = written.beir(tmp_path / "tiny")
+    load(folder)
+    with next((tmp_path / "cache").rglob("target_texts.data")).open("ab") as file:
+        file.truncate(100)
+    with pytest.raises(UserError, match=r"target_texts\.data is damaged: remove the folder"):
+        load(folder)

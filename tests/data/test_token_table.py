@@ -74,6 +74,14 @@ def test_a_table_is_used_again_and_what_changed_is_named(tmp_path, tokenizer, mo
     assert "anew: the tokenizer changed" in capsys.readouterr().out
 
 
+def test_a_damaged_table_is_named(tmp_path, tokenizer):
+    make(tmp_path, tokenizer)
+    with next(tmp_path.rglob("ids.npy")).open("ab") as file:
+        file.truncate(200)
+    with pytest.raises(UserError, match=r"is damaged .*: remove it"):
+        make(tmp_path, tokenizer)
+
+
 def test_lengths_without_room_are_refused(tmp_path, tokenizer):
     with pytest.raises(UserError, match="2 tokens holds no text"):
         make(tmp_path, tokenizer, max_len=2)

@@ -119,7 +119,7 @@ def _records(
             raise _unreadable(folder, error) from error
         for number, record in enumerate(records, start + 1):
             rows.total += 1
-            yield f"{folder}:{number}", record
+            yield f"{folder}/{split}:{number}", record
         start += _CHUNK
 
 
