@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -105,10 +106,10 @@ def test_batches_hold_what_belongs_together():
 
 def test_batches_are_cut_to_the_first_width_that_holds_them():
     rng = np.random.default_rng(0)
-    lengths = np.where(rng.random(200) < 0.02, 30, rng.integers(3, 9, 200)).astype(np.int32)
+    lengths = np.where(rng.random(200) < 0.02, 12, rng.integers(3, 9, 200)).astype(np.int32)
     widths = order.bucket_widths(lengths, batch_size=8, multiple=8)
-    assert widths == (8, 32)
-    table = np.where(np.arange(32) < lengths[:, None], 7, 0).astype(np.uint16)
+    assert widths == (8, 16)
+    table = np.where(np.arange(16) < lengths[:, None], 7, 0).astype(np.uint16)
     arguments = {
         "query_tokens": table,
         "positives": [np.array([0], np.int32)] * 200,
@@ -125,7 +126,7 @@ def test_batches_are_cut_to_the_first_width_that_holds_them():
         np.testing.assert_array_equal(cut.query_tokens, whole.query_tokens[:, :width])
         assert not whole.query_tokens[:, width:].any()
         np.testing.assert_array_equal(cut.positive, whole.positive)
-    assert seen == {8, 32}
+    assert seen == {8, 16}
 
 
 def test_widths_are_those_of_the_median_batch_and_of_the_longest_query():
@@ -144,8 +145,9 @@ def test_work_ahead_is_in_order_bounded_and_ends_with_its_reader():
 
     found = order.ahead(make, range(3, 9), depth=2)
     assert next(found) == 9
+    time.sleep(0.1)  # all that was asked for is made
     found.close()
-    assert max(made) <= 3 + 2
+    assert made == [3, 4, 5]
     made.clear()
     assert list(order.ahead(make, range(3, 9), depth=2)) == [9, 16, 25, 36, 49, 64]
     assert made == list(range(3, 9))
