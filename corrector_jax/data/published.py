@@ -1,8 +1,8 @@
 """The published data sets: which files they are, where they come from, and how they are fetched.
 
 Every address, size and checksum below was read where the comment next to it says. The publishers
-give no checksums; those below are what others found when they downloaded the files. Where there is
-none, TFDS records the sha256 of what it fetched beside it.
+give no checksums; those below are what others found when they downloaded the files. TFDS records
+the sha256 of whatever it fetched.
 """
 
 from __future__ import annotations
