@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from corrector_jax import paths, weights
-from corrector_jax.data import sources
+from corrector_jax import job, paths, weights
 from corrector_jax.data.dataset import RetrievalData, Split, stable_hash
 from corrector_jax.data.tokenize import TextTokenizer
 from corrector_jax.paths import AnyPath
@@ -58,15 +57,7 @@ def check_data(config: ConfigDict, workdir: AnyPath) -> bool:
     Raises:
       UserError: the source cannot be read to its end.
     """
-    data = sources.load(
-        config.data.path,
-        layout=config.data.layout,
-        target_template=config.data.target_template,
-        max_targets=config.data.max_targets,
-        max_queries=config.data.max_queries,
-        cache_dir=config.data.cache_dir,
-        max_bad_rows=max(config.data.max_bad_rows, _MOST_REFUSED),
-    )
+    data = job.load_data(config, max_bad_rows=_MOST_REFUSED)
     random = config.model.weights == "random"
     name = config.model.tokenizer if random else config.model.weights
     tokenizer = TextTokenizer(weights.find_tokenizer(name))

@@ -19,8 +19,9 @@ WORDS: dict[str, tuple[str, ...]] = {
     "strategy": tuple(STRATEGIES),
     "data.layout": (
         *("", "beir", "msmarco", "dpr", "tevatron", "flag_embedding", "fid", "columns"),
-        "text_files",
+        *("text_files", "tfds"),
     ),
+    "data.published": ("", "nq", "msmarco", "triviaqa", "hotpotqa"),
     "data.eval_split": ("auto", "dev", "test"),
     "model.pooling": ("", "mean", "cls"),
     "model.normalize": ("", "yes", "no"),
@@ -45,6 +46,7 @@ FREE = (
     "data.cache_dir",
     "data.layout",
     "data.max_bad_rows",
+    "data.verify",
     "train.max_skipped",
 )
 """Keys that do not shape the training state: they may differ when a run is resumed."""
@@ -62,6 +64,8 @@ def default() -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.path = ""  # a folder or file; empty = Python functions of the installed packages
+    c.data.published = ""  # nq | msmarco | triviaqa | hotpotqa: see docs/published_data.md
+    c.data.verify = True  # published files must have the known md5 and number of rows
     c.data.layout = ""  # how it is laid out (docs/data.md); empty = look, and say
     c.data.max_bad_rows = 0  # rows of the source that may be skipped; one more is an error
     c.data.cache_dir = ""  # texts and tokens, made once; empty = corrector_jax in ~/.cache
@@ -176,6 +180,11 @@ def validate(config: ConfigDict) -> None:
         raise UserError(
             f"config.train.warmup is {config.train.warmup} of {config.train.steps} steps: write "
             "fewer than config.train.steps"
+        )
+    if config.data.published and not config.data.path:
+        raise UserError(
+            f"config.data.published is {config.data.published!r} but config.data.path is empty: "
+            "write the folder that holds it, or that --mode=prepare_data shall fill"
         )
     _validate_strategy(config)
     _validate_corrector(config)

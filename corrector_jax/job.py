@@ -19,7 +19,8 @@ from corrector_jax import digest, losses, optimizer, paths, rng, snapshot, weigh
 from corrector_jax.cache import TargetCache, TargetTokens
 from corrector_jax.data import dataset, order, sources, tokenize
 from corrector_jax.data.dataset import RetrievalData
-from corrector_jax.data.token_table import token_table
+from corrector_jax.data.published import folder_of
+from corrector_jax.data.token_table import TokenTable, token_table
 from corrector_jax.embed import Embedder
 from corrector_jax.models import corrector as correctors
 from corrector_jax.models import pretrained
@@ -192,15 +193,7 @@ def make_job(config: ConfigDict) -> Job:
       UserError: data, weights and configuration do not fit together.
     """
     place = _placement(config)
-    data = sources.load(
-        config.data.path,
-        layout=config.data.layout,
-        target_template=config.data.target_template,
-        max_targets=config.data.max_targets,
-        max_queries=config.data.max_queries,
-        cache_dir=config.data.cache_dir,
-        max_bad_rows=config.data.max_bad_rows,
-    )
+    data = load_data(config)
     final_split = dataset.eval_split(data, config.data.eval_split)
     if "train" not in data.splits:
         raise UserError(
@@ -277,6 +270,59 @@ def make_job(config: ConfigDict) -> Job:
             peak=config.corrector.learning_rate, warmup=config.corrector.warmup
         ),
     )
+
+
+def load_data(config: ConfigDict, max_bad_rows: int = 0) -> RetrievalData:
+    """Reads the data that the configuration names.
+
+    Args:
+      config: validated.
+      max_bad_rows: how many bad rows are skipped, if more than the configuration allows.
+
+    Raises:
+      UserError: it is not there, or something is wrong with it.
+    """
+    path = config.data.path
+    if config.data.published:
+        path = folder_of(config.data.published, path)
+        if not paths.make(path).exists():
+            raise UserError(
+                f"{config.data.published} is not in {config.data.path!r} yet: run the same command "
+                "with --mode=prepare_data first"
+            )
+    return sources.load(
+        path,
+        layout="tfds" if config.data.published else config.data.layout,
+        target_template=config.data.target_template,
+        max_targets=config.data.max_targets,
+        max_queries=config.data.max_queries,
+        cache_dir=config.data.cache_dir,
+        max_bad_rows=max(max_bad_rows, config.data.max_bad_rows),
+    )
+
+
+def load_tokens(
+    config: ConfigDict, data: RetrievalData, tokenizer: tokenize.TextTokenizer
+) -> TokenTable:
+    """The corpus as tokens, [N, T], made before or now."""
+    return token_table(
+        data.target_texts,
+        tokenizer,
+        name=data.name,
+        content_fingerprint=data.fingerprint(),
+        template=config.data.target_template,
+        prefix=config.data.target_prefix,
+        max_len=config.data.target_max_len,
+        folder=sources.cache_folder(config.data.cache_dir) / "tokens",
+    )
+
+
+def prepare(config: ConfigDict) -> None:
+    """Reads and tokenizes the data, so that a run finds it done."""
+    data = load_data(config)
+    say(_describe(data))
+    tokenizer, *_ = _encoder(config)
+    load_tokens(config, data, tokenizer)
 
 
 def full_encoder(job: Job) -> tuple[Embedder, PyTree]:
@@ -365,16 +411,7 @@ def _token_table(
                 f"config.data.{key} is {config.data[key]} but the encoder reads at most "
                 f"{bert.max_positions} tokens: write {bert.max_positions} or less"
             )
-    table = token_table(
-        data.target_texts,
-        tokenizer,
-        name=data.name,
-        content_fingerprint=data.fingerprint(),
-        template=config.data.target_template,
-        prefix=config.data.target_prefix,
-        max_len=config.data.target_max_len,
-        folder=sources.cache_folder(config.data.cache_dir) / "tokens",
-    )
+    table = load_tokens(config, data, tokenizer)
     tokens = caches.create_tokens(
         table.ids[:, : _width(table.lengths, table.ids.shape[1])],
         fingerprint=table.fingerprint,

@@ -9,6 +9,7 @@ Flags:
   --config.KEY=VALUE    sets one key
   --workdir=DIR         where everything goes; an existing one is resumed (runs/<config's name>)
   --mode=train          train, evaluating before and after; leaves results.json and report.html
+  --mode=prepare_data   fetch, write and tokenize the data of configs/nq.py and its like
   --mode=check_data     what is in the data; exits 1 where training would be wrong
   --mode=evaluate       evaluate a checkpoint of --workdir; leaves eval/NAME.json
   --name=NAME           of that evaluation (SPLIT-step-STEP)
@@ -59,6 +60,7 @@ def main(argv: list[str]) -> None:
     modes = {
         "train": _train,
         "evaluate": _evaluate,
+        "prepare_data": _prepare_data,
         "check_data": _check_data,
         "inspect": _inspect,
     }
@@ -106,6 +108,12 @@ def _train() -> None:
     from corrector_jax.train import train
 
     train(*_config_and_workdir(), started=_STARTED)
+
+
+def _prepare_data() -> None:
+    from corrector_jax.prepare import prepare_data
+
+    prepare_data(_config_and_workdir()[0])
 
 
 def _check_data() -> None:

@@ -13,13 +13,14 @@ from corrector_jax.data.layouts import inline
 from corrector_jax.data.layouts.beir import Beir
 from corrector_jax.data.layouts.msmarco import MsMarco
 from corrector_jax.data.layouts.text_files import TextFiles
+from corrector_jax.data.layouts.tfds import Tfds
 from corrector_jax.data.rows import Reader
 from corrector_jax.paths import AnyPath
 from corrector_jax.types import UserError
 from corrector_jax.writer import say
 
 LAYOUTS: dict[str, type[Any]] = {
-    layout.layout: layout for layout in (Beir, MsMarco, *inline.ALL, TextFiles)
+    layout.layout: layout for layout in (Beir, MsMarco, *inline.ALL, TextFiles, Tfds)
 }
 """Word of config.data.layout -> what reads it."""
 

@@ -21,6 +21,7 @@ A passage is known by its id, where it has one, and else by its title and text.
 
 from __future__ import annotations
 
+import csv
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
@@ -87,7 +88,7 @@ class Inline:
         if self._corpus is None:
             return iter(())
         if row.plain_name(self._corpus).endswith(".tsv"):
-            return _tsv_corpus(self._corpus, rows)
+            return tsv_corpus(self._corpus, rows)
         return rows.parse(rows.records(self._corpus), _json_target)
 
     def queries(self, split: str, rows: Rows) -> Iterator[Query]:
@@ -268,7 +269,8 @@ def _json_target(record: Record, where: str) -> Target:
     return _passage(record, where)
 
 
-def _tsv_corpus(path: AnyPath, rows: Rows) -> Iterator[Target]:
+def tsv_corpus(path: AnyPath, rows: Rows) -> Iterator[Target]:
+    """The passages of DPR's .tsv, as csv writes it: what holds a tab or a quote is in quotes."""
     lines = rows.lines(path)
     where, header = next(lines, (f"{path}:1", ""))
     if header.split("\t") != ["id", "text", "title"]:
@@ -278,17 +280,29 @@ def _tsv_corpus(path: AnyPath, rows: Rows) -> Iterator[Target]:
         )
 
     def target(line: str, where: str) -> Target:
-        name, text, title = row.columns(line, ["id", "text", "title"], where)
-        return Target(where, row.identifier(name, "id", where), _unquote(title), _unquote(text))
+        name, text, title = csv_columns(line, ["id", "text", "title"], where)
+        return Target(where, row.identifier(name, "id", where), title, text)
 
     yield from rows.parse(lines, target)
 
 
-def _unquote(value: str) -> str:
-    """A column as csv writes it: in quotes, if at all, with every quote inside doubled."""
-    if len(value) > 1 and value[0] == value[-1] == '"':
-        return value[1:-1].replace('""', '"')
-    return value
+def csv_columns(line: str, names: list[str], where: str) -> list[str]:
+    """The columns of a tab-separated line that csv wrote.
+
+    Raises:
+      UserError: they are more or fewer than `names`, or not as csv writes them.
+    """
+    csv.field_size_limit(row.MAX_ROW)  # a line is no longer than that
+    try:
+        fields = next(csv.reader([line], delimiter="\t"))
+    except csv.Error as error:
+        raise UserError(f"{where}: {error}: write one row a line, as csv does.") from error
+    if len(fields) != len(names):
+        raise UserError(
+            f"{where}: {len(fields)} column(s) instead of {len(names)}: write {', '.join(names)}, "
+            "separated by tabs, and every quote inside of a column in quotes twice."
+        )
+    return fields
 
 
 def _passage(record: Any, where: str) -> Target:

@@ -1,0 +1,130 @@
+"""TFDS: what `builders.prepare` wrote, the folder of the queries.
+
+    retrieval_queries/NAME/VERSION      ArrayRecord files and what TFDS knows about them
+    retrieval_corpus/CORPUS/VERSION     the passages that it names, two folders further up
+
+Records are read by random access, without TensorFlow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from corrector_jax.data.dataset import SPLITS
+from corrector_jax.data.rows import Judged, Query, Rows, Target
+from corrector_jax.paths import AnyPath
+from corrector_jax.types import UserError
+
+_CHUNK = 1024  # records decoded at once
+_FIELDS = {
+    "corpus": {"id", "title", "text"},
+    "queries": {"id", "text", "answers", "positives", "grades", "negatives"},
+}
+
+
+class Tfds:
+    """A `Reader` of this layout."""
+
+    layout = "tfds"
+
+    def __init__(self, path: AnyPath) -> None:
+        """Opens both folders.
+
+        Raises:
+          UserError: one is missing, or holds other data.
+        """
+        queries = _open(path, "queries")
+        corpus = path.parent.parent / "retrieval_corpus" / str(queries.info.metadata["corpus"])
+        self._folders = {"queries": path, "corpus": corpus}
+        self._queries, self._corpus = queries, _open(corpus, "corpus")
+        self.splits = tuple(split for split in SPLITS if split in queries.info.splits)
+        self.files = tuple(
+            Path(file)
+            for builder, splits in ((self._corpus, ("targets",)), (queries, self.splits))
+            for split in splits
+            for file in builder.info.splits[split].filepaths
+        )
+
+    @staticmethod
+    def found_in(path: AnyPath) -> bool:
+        """Whether the path looks like this layout."""
+        return path.is_dir() and path.parent.name == "retrieval_queries" and bool(_versions(path))
+
+    def targets(self, rows: Rows) -> Iterator[Target]:
+        """The passages."""
+        for where, record in _records(self._corpus, "targets", self._folders["corpus"], rows):
+            yield Target(where, *(str(record[key], "utf-8") for key in ("id", "title", "text")))
+
+    def queries(self, split: str, rows: Rows) -> Iterator[Query]:
+        """The questions of a split."""
+        for where, record in _records(self._queries, split, self._folders["queries"], rows):
+            positives, negatives, answers = (
+                [str(one, "utf-8") for one in record[key]]
+                for key in ("positives", "negatives", "answers")
+            )
+            grades = record["grades"].tolist()
+            yield Query(
+                where,
+                str(record["id"], "utf-8"),
+                str(record["text"], "utf-8"),
+                tuple(
+                    Judged(where, name, grade=grade)
+                    for name, grade in zip(positives, grades, strict=True)
+                ),
+                tuple(Judged(where, name, grade=0) for name in negatives),
+                tuple(answers),
+            )
+
+
+def _versions(path: AnyPath) -> list[AnyPath]:
+    """The versions of a data set that are whole, the oldest first."""
+    found = [file.parent for file in path.glob("*/dataset_info.json")]
+    return sorted(folder for folder in found if "incomplete" not in folder.name)
+
+
+def _open(path: AnyPath, kind: str) -> Any:
+    import tensorflow_datasets as tfds
+
+    versions = _versions(path)
+    if not versions:
+        raise UserError(
+            f"{path} holds no TFDS data: make it with --mode=prepare_data, as in "
+            "--config=configs/nq.py."
+        )
+    try:
+        builder = tfds.builder_from_directory(str(versions[-1]))
+        found = set(builder.info.features)
+    except Exception as error:  # whatever the parsers below raise
+        raise _unreadable(versions[-1], error) from error
+    if found != _FIELDS[kind]:
+        raise UserError(
+            f"{versions[-1]} holds {', '.join(sorted(found))} and not "
+            f"{', '.join(sorted(_FIELDS[kind]))}: give data made by --mode=prepare_data."
+        )
+    return builder
+
+
+def _records(
+    builder: Any, split: str, folder: AnyPath, rows: Rows
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    source, start, size = None, 0, 1
+    while start < size:
+        try:
+            source = source or builder.as_data_source(split)
+            size = len(source)
+            records = source.__getitems__(list(range(start, min(start + _CHUNK, size))))
+        except (RuntimeError, ValueError) as error:  # a file is missing, cut short or changed
+            raise _unreadable(folder, error) from error
+        for number, record in enumerate(records, start + 1):
+            rows.total += 1
+            yield f"{folder}/{split}:{number}", record
+        start += _CHUNK
+
+
+def _unreadable(folder: AnyPath, error: Exception) -> UserError:
+    return UserError(
+        f"{folder} cannot be read ({' '.join(str(error).split())[:160]}): remove it and make it "
+        "again with --mode=prepare_data."
+    )
