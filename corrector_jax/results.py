@@ -84,7 +84,7 @@ def results(job: Job, workdir: Path, position: Position) -> dict[str, Any]:
             "eval_split": job.final_split,
         },
         "encoder": {
-            "source": job.encoder_source,
+            "source": job.origin.source,
             "layers": job.model.encoder.config.num_layers,
             "dim": job.model.dim,
         },

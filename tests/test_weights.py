@@ -72,6 +72,8 @@ def test_a_plain_folder(folder):
         ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "mean"),
         ({"pooling_mode": "cls", "include_prompt": True}, "cls"),
         ({"pooling_mode": ["mean"]}, "mean"),
+        ({"pooling_mode": "lasttoken"}, "last"),
+        ({"pooling_mode_lasttoken": True}, "last"),
     ],
 )
 def test_the_pooling_of_old_and_new_folders(folder, pooling, expected):
@@ -84,12 +86,13 @@ def test_the_pooling_of_old_and_new_folders(folder, pooling, expected):
 @pytest.mark.parametrize(
     ("pooling", "words"),
     [
-        ({"pooling_mode_max_tokens": True}, "pooling pooling_mode_max_tokens; only mean or cls"),
+        ({"pooling_mode_max_tokens": True}, "pooling pooling_mode_max_tokens; only mean, cls or"),
         (
             {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True},
-            "pooling cls, mean; only mean or cls",
+            "pooling cls, mean; only mean, cls or",
         ),
-        ({"pooling_mode": "lasttoken"}, "pooling lasttoken; only mean or cls"),
+        ({"pooling_mode": "weightedmean"}, "pooling weightedmean; only mean, cls or"),
+        ({"pooling_mode": "mean", "include_prompt": False}, "leaves the prompt out"),
         ({}, "pooling none; only"),
     ],
 )
@@ -106,9 +109,10 @@ def test_normalisation_is_what_modules_says(folder, normalize):
     assert weights.find(str(folder)).normalize == normalize
 
 
-def test_a_module_that_would_be_lost_is_refused(folder):
-    write(folder / "modules.json", modules("Transformer", "Pooling", "Dense"))
-    with pytest.raises(UserError, match="a module Dense, which is not supported"):
+@pytest.mark.parametrize("kind", ["LSTM", "Transformer"])
+def test_a_module_that_would_be_lost_is_refused(folder, kind):
+    write(folder / "modules.json", modules("Transformer", "Pooling", kind))
+    with pytest.raises(UserError, match=f"a module {kind} where it is not supported"):
         weights.find(str(folder))
 
 
