@@ -151,7 +151,8 @@ def validate(config: ConfigDict) -> None:
     for key in ("data.query_max_len", "data.target_max_len"):
         if get(config, key) and get(config, key) < 3:
             raise UserError(
-                f"config.{key} is {get(config, key)}: write 3 or more, or 0 for what the weights say"
+                f"config.{key} is {get(config, key)}: write 3 or more, or 0 for what the weights "
+                "say"
             )
     for key in _POSITIVE:
         if not get(config, key) > 0:

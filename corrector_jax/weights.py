@@ -132,6 +132,7 @@ def find(name: str) -> EncoderFiles:
     modules = _modules(found.folder)
     model = modules.model
     config = _json(model / "config.json")
+    tensors = _tensors(model, found.sha256)
     path = _tokenizer_path(found.folder, model)
     tokenizer_json = _text(path)
     _refuse_lowercasing(model, tokenizer_json)
@@ -139,7 +140,7 @@ def find(name: str) -> EncoderFiles:
     return EncoderFiles(
         source=found.source,
         config=config,
-        tensors=_tensors(model, found.sha256),
+        tensors=tensors,
         tokenizer_json=tokenizer_json,
         tokenizer_files={
             name: _text(path.with_name(name))
