@@ -30,7 +30,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "eval.corpus": ("full", "sample", "corrected"),
 }
 
-FREE = ("eval", "log", "checkpoint", "embed", "search")
+FREE = ("eval", "log", "checkpoint", "embed", "export", "search")
 """Sections that do not shape the training state: they may differ when a run is resumed."""
 
 
@@ -117,6 +117,9 @@ def default() -> ConfigDict:
     c.eval.top_k = 100  # results kept per query; recall@100 needs 100
     c.eval.bm25 = True  # BM25 on the same queries
     c.eval.full_encoder = False  # also the untouched encoder with all its layers
+
+    c.export = ConfigDict()
+    c.export.path = ""  # --mode=export: where to; empty = final/ of the workdir
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 1000  # steps

@@ -265,6 +265,28 @@ def evaluate_run(workdir: Path, *, name: str = "") -> Path:
     return path
 
 
+def trained(workdir: Path) -> tuple[Job, TrainState, Position]:
+    """The newest checkpoint of a run, without its cache.
+
+    Args:
+      workdir: the run's folder.
+
+    Returns:
+      The job, the state and the position.
+
+    Raises:
+      UserError: there is no run or no checkpoint, or the data is not what it was trained on.
+    """
+    config = saved_config(workdir)
+    with Checkpoints(workdir) as checkpoints:
+        step = checkpoints.latest()
+        if step is None:
+            raise UserError(f"{workdir} holds no checkpoint: train there first")
+        job = make_job(config)
+        state, _, position = resume(job, checkpoints, job.init_state(), None, step)
+    return job, state, position
+
+
 def saved_config(workdir: Path) -> ConfigDict:
     """The configuration a workdir was made with.
 

@@ -11,10 +11,12 @@ import numpy as np
 
 from corrector_jax import paths
 from corrector_jax.checkpoint import Position
+from corrector_jax.export import write_final
 from corrector_jax.job import Job
 from corrector_jax.ranking import METRICS, paired_bootstrap, read_trec
 from corrector_jax.report.page import write_report
 from corrector_jax.report.words import summary_table
+from corrector_jax.types import PyTree
 from corrector_jax.writer import say
 
 EXAMPLES = 5
@@ -24,11 +26,12 @@ FIRST = 3
 """Results shown of each."""
 
 
-def finish(job: Job, workdir: Path, position: Position, started: float) -> Path:
+def finish(job: Job, params: PyTree, workdir: Path, position: Position, started: float) -> Path:
     """Writes everything that is made of the run's evaluations, and prints the summary.
 
     Args:
       job: the job.
+      params: the trained encoders' parameters, for `final`.
       workdir: the run's folder, with its evaluations.
       position: the ledger and the times.
       started: when the run began, by `time.monotonic()`.
@@ -37,13 +40,15 @@ def finish(job: Job, workdir: Path, position: Position, started: float) -> Path:
       The path of report.html.
     """
     paths.write(workdir / "examples.json", json.dumps(examples(job, workdir)) + "\n")
+    final = write_final(job, params, workdir, position)
     summary = results(job, workdir, position)
     # The report shows wall_seconds up to itself; results.json then counts the report too.
     stamp(summary, workdir, started)
     path = write_report(workdir)
     stamp(summary, workdir, started)
     say("\n" + summary_table(summary))
-    say(f"\nreport: {path}")
+    say(f"\nencoders: {final}")
+    say(f"report: {path}")
     return path
 
 

@@ -105,7 +105,7 @@ def train(config: ConfigDict, workdir: Path, *, started: float) -> Path:
                 save(run, state)
             state, cache = loop(run, state, cache)
             after(run, state, cache)
-    return finish(job, workdir, position, started)
+    return finish(job, state.params, workdir, position, started)
 
 
 def loop(
