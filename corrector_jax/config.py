@@ -118,6 +118,13 @@ def default() -> ConfigDict:
     c.eval.bm25 = True  # BM25 on the same queries
     c.eval.full_encoder = False  # also the untouched encoder with all its layers
 
+    c.embed = ConfigDict()
+    c.embed.path = ""  # --mode=embed: a corpus.jsonl or its folder; empty = the run's own targets
+    c.embed.output = ""  # where to; empty = embeddings/NAME of the workdir
+    c.embed.shard_rows = 65536  # targets of a shard: what a killed process may lose
+    c.embed.part = 0  # this process makes every parts-th shard, from part on
+    c.embed.parts = 1  # processes that share the work
+
     c.export = ConfigDict()
     c.export.path = ""  # --mode=export: where to; empty = final/ of the workdir
 
@@ -132,6 +139,10 @@ def default() -> ConfigDict:
     c.mesh = ConfigDict()
     c.mesh.devices = 0  # devices to use; 0 = all
     return c.lock()
+
+
+get_config = default
+"""This file as a file of configs/: what modes start from that take a run's own configuration."""
 
 
 def validate(config: ConfigDict) -> None:

@@ -75,7 +75,7 @@ def write_final(
             beside=origin.beside,
             tokenizer_json=origin.tokenizer_json,
             tokenizer_files=origin.tokenizer_files,
-            pad_token=tokenizer.id_to_token(reading.tokenizer.pad_id),
+            pad_token=str(tokenizer.id_to_token(reading.tokenizer.pad_id)),
             query_prefix=reading.query_prefix,
             target_prefix=reading.target_prefix,
         ),
@@ -97,7 +97,7 @@ def card(job: Job, params: PyTree, workdir: Path, position: Position) -> str:
     Returns:
       Markdown with the head that model hubs read.
     """
-    reading, encoder = job.reading, job.model.encoder
+    encoder = job.model.encoder
     beta = float(job.method.beta * job.model.beta_ratio(params))
     towers = "one encoder" if job.model.shared else "an encoder each for queries and targets"
     steps = f"{encoder.pooling} pooling" + (", dense" if encoder.project else "")
@@ -115,8 +115,8 @@ def card(job: Job, params: PyTree, workdir: Path, position: Position) -> str:
         "",
         f"# A retriever for {job.data.name}",
         "",
-        f"Trained with corrector_jax, strategy `{job.config.strategy}`, for {position.step:,} steps "
-        f"from {job.origin.source}: {towers}, {steps}, {job.model.dim} dimensions.",
+        f"Trained with corrector_jax, strategy `{job.config.strategy}`, for {position.step:,} "
+        f"steps from {job.origin.source}: {towers}, {steps}, {job.model.dim} dimensions.",
         f"Scores are dot products; the softmax it was trained with had the inverse temperature "
         f"{beta:.4g}.",
         "",
@@ -174,7 +174,7 @@ def _how_it_reads(job: Job) -> list[str]:
     )
     if job.model.shared and reading.query_max_len != reading.target_max_len:
         longest = max(reading.query_max_len, reading.target_max_len)
-        lengths += f"; loaded as above, both are cut at {longest} (set `model.max_seq_length` to change it)"
+        lengths += f"; loaded as above, both are cut at {longest} (`model.max_seq_length`)"
     return [*lines, f"{lengths}.", ""]
 
 

@@ -11,6 +11,10 @@ Flags:
   --mode=train          train, evaluating before and after; leaves results.json and report.html
   --mode=evaluate       evaluate the newest checkpoint of --workdir; leaves eval/NAME.json
   --name=NAME           of that evaluation (SPLIT-step-STEP)
+  --mode=export         write the newest checkpoint of --workdir as a folder that
+                        sentence-transformers loads; training leaves the same in final/
+  --mode=embed          embed the targets of --workdir, or --config.embed.path=FILE_OR_FOLDER, with
+                        its newest checkpoint
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ from corrector_jax.types import UserError  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes.")
-_MODE = flags.DEFINE_string("mode", "train", "train or evaluate.")
+_MODE = flags.DEFINE_string("mode", "train", "train, evaluate, export or embed.")
 _NAME = flags.DEFINE_string("name", "", "Of an evaluation.")
 
 
@@ -46,8 +50,12 @@ def main(argv: list[str]) -> None:
         _train()
     elif _MODE.value == "evaluate":
         _evaluate()
+    elif _MODE.value == "export":
+        _export()
+    elif _MODE.value == "embed":
+        _embed()
     else:
-        raise UserError(f"--mode is {_MODE.value!r}: write train or evaluate")
+        raise UserError(f"--mode is {_MODE.value!r}: write train, evaluate, export or embed")
 
 
 def cli() -> None:
@@ -91,8 +99,44 @@ def _evaluate() -> None:
     evaluate_run(Path(_WORKDIR.value), name=_NAME.value)
 
 
+def _export() -> None:
+    from corrector_jax.export import export_run
+
+    export_run(_saved_workdir(), **_CONFIG.value.export)
+
+
+def _embed() -> None:
+    from corrector_jax.vectors import embed_run
+
+    embed_run(_saved_workdir(), **_CONFIG.value.embed)
+
+
+def _saved_workdir() -> Path:
+    if _WORKDIR.value is None:
+        raise UserError("--workdir is missing: write the folder of the run")
+    return Path(_WORKDIR.value)
+
+
+def _with_own_config(argv: list[str]) -> list[str]:
+    """A mode that takes the run's configuration reads its own section alone of the command line."""
+    mode = next((a.partition("=")[2] for a in argv[::-1] if re.match("--?mode=", a)), "")
+    if mode not in ("export", "embed"):
+        return argv
+    for argument in argv[1:]:
+        name = argument.lstrip("-").partition("=")[0]
+        if name.startswith("config.") and name.split(".")[1] != mode:
+            raise UserError(
+                f"{name} cannot be set under --mode={mode}, which takes the configuration of the "
+                f"run: only config.{mode}.* can"
+            )
+    if any(re.match("--?config=", argument) for argument in argv):
+        return argv
+    return [argv[0], f"--config={configs.__file__}", *argv[1:]]
+
+
 def _parse(argv: list[str]) -> list[str]:
     """absl's parsing, with what is wrong said in one sentence."""
+    argv = _with_own_config(argv)
     keys = dict(configs.flat(configs.default()))
     for argument in argv[1:]:
         name, _, value = argument.lstrip("-").partition("=")

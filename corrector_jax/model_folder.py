@@ -1,6 +1,6 @@
 """Writes an encoder as the folder that sentence-transformers loads; `weights.py` reads one.
 
-    modules.json, config.json, model.safetensors, tokenizer.json, 1_Pooling/, 2_Dense/, README.md ...
+    modules.json, config.json, model.safetensors, tokenizer.json, 1_Pooling/, 2_Dense/, README.md
 
 Two towers are two such folders, query/ and target/, each of which can be loaded alone, and beside
 them a Router, which sentence-transformers (5 and later) loads as one model.
@@ -95,9 +95,8 @@ def _tower(tree: PyTree, *, encoder: Encoder, clothes: Clothes, max_len: int) ->
     if "tokenizer_config.json" in published:
         tokenizer = json.loads(published["tokenizer_config.json"])
     published["tokenizer_config.json"] = _json({**tokenizer, "model_max_length": max_len}).decode()
-    modes = {
-        f"pooling_mode_{name}": name == _POOLINGS[encoder.pooling] for name in _POOLINGS.values()
-    }
+    mode = _POOLINGS[encoder.pooling]
+    modes = {f"pooling_mode_{name}": name == mode for name in _POOLINGS.values()}
     files = {
         "config.json": _json(_config(encoder, clothes)),
         "model.safetensors": _safetensors(tensors),
@@ -139,7 +138,8 @@ def _modules(encoder: Encoder) -> list[tuple[str, str]]:
 
 def _router(encoder: Encoder, clothes: Clothes) -> dict[str, bytes]:
     """Path -> content of what makes one model of query/ and target/."""
-    types, structure = {}, {}
+    types: dict[str, str] = {}
+    structure: dict[str, list[str]] = {}
     for route, tower in (("query", "query"), ("document", "target")):
         names = [f"{tower}/{path}".rstrip("/") for _, path in _modules(encoder)]
         types |= {

@@ -70,6 +70,27 @@ def read(folder: str, *, target_template: str = "{title} {text}") -> RetrievalDa
     )
 
 
+def targets(path: str, *, target_template: str = "{title} {text}") -> Iterator[tuple[str, str]]:
+    """(id, text) of every target of a corpus.jsonl, read as it is asked for.
+
+    Args:
+      path: the file.
+      target_template: how a target's text is made of `{title}` and `{text}`.
+
+    Raises:
+      UserError: it is missing or malformed; the message names file and line.
+    """
+    taken: set[str] = set()
+    for where, record in _records(path):
+        identifier = _new_id(record, taken, where)
+        taken.add(identifier)
+        title = _string({"title": ""} | record, "title", where)
+        yield (
+            identifier,
+            render_target(target_template, title=title, text=_string(record, "text", where)),
+        )
+
+
 def _split(path: str, *, rows: dict[str, int], query_texts: dict[str, str]) -> Split:
     lines = _lines(path)
     where, header = next(lines, (f"{path}:1", ""))
