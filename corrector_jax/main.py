@@ -26,6 +26,7 @@ _STARTED = time.monotonic()  # ahead of the imports below, which a user waits fo
 
 import difflib  # noqa: E402
 import inspect  # noqa: E402
+import os  # noqa: E402
 import re  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -44,6 +45,7 @@ _NAME = flags.DEFINE_string("name", "", "Of an evaluation.")
 def main(argv: list[str]) -> None:
     """Flags -> configuration -> one call."""
     logging.set_verbosity(logging.WARNING)  # what libraries tell of themselves helps nobody
+    _keep_compiled()
     if len(argv) > 1:
         raise UserError(f"{argv[1]!r} is not a flag: see --help")
     if _MODE.value == "train":
@@ -56,6 +58,17 @@ def main(argv: list[str]) -> None:
         _embed()
     else:
         raise UserError(f"--mode is {_MODE.value!r}: write train, evaluate, export or embed")
+
+
+def _keep_compiled() -> None:
+    """What was compiled once is read back, unless JAX_COMPILATION_CACHE_DIR names another place."""
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        folder = Path(cache).expanduser() / "corrector_jax" / "jax"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_compilation_cache_max_size", 2 * 2**30)
 
 
 def cli() -> None:

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from corrector_jax import weights
+from corrector_jax.models.dual_encoder import Projection
 from corrector_jax.types import UserError
 
 CONFIG = {"model_type": "bert", "max_position_embeddings": 512}
@@ -323,3 +324,119 @@ def test_without_the_client_of_the_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"huggingface_hub.*give a folder"):
         weights.find("someone/encoder")
+
+
+def write_dense(folder, tensors=None, **changes):
+    config = {
+        "in_features": 3,
+        "out_features": 2,
+        "bias": False,
+        "activation_function": "torch.nn.modules.linear.Identity",
+    }
+    write(folder / "2_Dense" / "config.json", {**config, **changes})
+    tensors = tensors or {"linear.weight": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    save_file(tensors, folder / "2_Dense" / "model.safetensors")
+    kinds = modules("Transformer", "Pooling", "Dense", "Normalize")
+    write(folder / "modules.json", kinds)
+
+
+def test_a_dense_layer_after_pooling(folder):
+    write_dense(folder)
+    dense = weights.find(str(folder)).dense
+    assert dense.project == Projection(2, bias=False, activation="identity")
+    np.testing.assert_array_equal(dense.kernel, [[0, 3], [1, 4], [2, 5]])
+    assert dense.bias is None
+    tensors = {"linear.weight": np.ones((2, 3), np.float16), "linear.bias": np.ones(2, np.float16)}
+    write_dense(folder, tensors, bias=True, activation_function="torch.nn.modules.activation.Tanh")
+    dense = weights.find(str(folder)).dense
+    assert dense.project == Projection(2, bias=True, activation="tanh")
+    assert dense.bias.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"activation_function": "torch.nn.modules.activation.ReLU"}, "the activation relu"),
+        ({"use_residual": True}, "asks for a residual"),
+        ({"bias": True}, "holds other tensors than its config"),
+        ({"out_features": 5}, "holds other tensors than its config"),
+    ],
+)
+def test_other_dense_layers_are_refused(folder, changes, words):
+    write_dense(folder, **changes)
+    with pytest.raises(UserError, match=words):
+        weights.find(str(folder))
+
+
+def test_modules_out_of_order_or_outside_are_refused(folder):
+    write(folder / "modules.json", modules("Transformer", "Normalize", "Pooling"))
+    with pytest.raises(UserError, match="a module Pooling where it is not supported"):
+        weights.find(str(folder))
+    described = modules("Transformer", "Pooling")
+    described[1]["path"] = "../elsewhere"
+    write(folder / "modules.json", described)
+    with pytest.raises(UserError, match="outside its folder"):
+        weights.find(str(folder))
+    write(folder / "modules.json", modules("Router"))
+    with pytest.raises(UserError, match="name the folder of one of them"):
+        weights.find(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [
+        ({"prompts": {"query": "q: ", "document": "d: "}}, ("q: ", "d: ")),
+        ({"prompts": {"query": "q: ", "passage": "p: "}}, ("q: ", "p: ")),
+        ({"prompts": {"query": "q: ", "document": ""}}, ("q: ", "")),
+        ({"prompts": {"a": "x "}, "default_prompt_name": "a"}, ("x ", "x ")),
+        ({"default_prompt_name": None}, ("", "")),
+    ],
+)
+def test_prompts_are_the_prefixes(folder, prompts, expected):
+    write(folder / "config_sentence_transformers.json", prompts)
+    files = weights.find(str(folder))
+    assert (files.query_prefix, files.target_prefix) == expected
+
+
+def test_files_beside_the_tokenizer_are_kept(folder):
+    write(folder / "special_tokens_map.json", {"pad_token": "[PAD]"})
+    assert weights.find(str(folder)).tokenizer_files == {
+        "special_tokens_map.json": '{"pad_token": "[PAD]"}'
+    }
+
+
+def test_lowercasing_that_the_tokenizer_does_not_do_is_refused(folder):
+    write(folder / "sentence_bert_config.json", {"do_lower_case": True})
+    with pytest.raises(UserError, match="asks to lowercase texts"):
+        weights.find(str(folder))
+    lowers = {"normalizer": {"type": "BertNormalizer", "lowercase": True}}
+    write(folder / "tokenizer.json", lowers)
+    weights.find(str(folder))
+
+
+@pytest.mark.parametrize("length", [10**12, 90_000_000])
+def test_a_header_that_cannot_be_is_refused_unread(folder, length):
+    path = folder / "model.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
+    with pytest.raises(UserError, match=rf"a header of {length:,} bytes in a file of "):
+        weights.find(str(folder))
+
+
+def test_a_json_file_too_large_to_be_one_is_refused_unread(folder):
+    with (folder / "tokenizer.json").open("wb") as file:
+        file.truncate(100_000_001)
+    with pytest.raises(UserError, match=r"tokenizer\.json has 100,000,001 bytes"):
+        weights.find(str(folder))
+
+
+def test_json_of_another_kind_is_named(folder):
+    write(folder / "modules.json", {"type": "Transformer"})
+    with pytest.raises(UserError, match=r"modules\.json does not hold a list"):
+        weights.find(str(folder))
+
+
+@pytest.mark.parametrize("name", ["model.pt", "encoder.pth"])
+def test_other_pickles_are_refused_too(folder, name):
+    (folder / "model.safetensors").rename(folder / name)
+    with pytest.raises(UserError, match=rf"only as {name}, a pickle.*safe_serialization=True"):
+        weights.find(str(folder))
