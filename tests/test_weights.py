@@ -290,9 +290,10 @@ def test_the_hub_comes_last_and_gives_no_pickle(monkeypatch, folder):
         return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
     json_files = ["config.json", "tokenizer.json", "modules.json", "1_Pooling/config.json"]
-    json_files += ["sentence_bert_config.json", "tokenizer_config.json"]
+    json_files += ["sentence_bert_config.json", "tokenizer_config.json", "2_Dense/config.json"]
+    json_files += ["config_sentence_transformers.json", "special_tokens_map.json"]
     weight_files = ["model.safetensors", "model-00001-of-00002.safetensors"]
-    weight_files += ["model.safetensors.index.json"]
+    weight_files += ["model.safetensors.index.json", "2_Dense/model.safetensors"]
     assert all(fetched(with_weights, name) for name in json_files + weight_files)
     assert all(fetched(without, name) for name in json_files)
     assert not any(fetched(without, name) for name in weight_files)

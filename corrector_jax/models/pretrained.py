@@ -138,7 +138,7 @@ def beside(tensors: Mapping[str, np.ndarray], config: Family) -> dict[str, np.nd
     """The tensors that an encoder carries along and does not use, such as BERT's pooler.
 
     Args:
-      tensors: as published.
+      tensors: name -> array [...], as published.
       config: the sizes with all layers.
 
     Returns:
