@@ -24,6 +24,7 @@ ENCODER = Encoder(
     ),
     pooling="last",
     normalize=False,
+    dtype="float32",
     project=Projection(6, activation="tanh"),
 )
 

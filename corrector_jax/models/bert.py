@@ -102,7 +102,8 @@ class BertConfig:
             "max_position_embeddings": self.max_positions + self.position_offset,
             "type_vocab_size": self.type_vocab_size,
             "layer_norm_eps": self.layer_norm_eps,
-            "pad_token_id": self.pad_id,
+            # RoBERTa's positions begin after it.
+            "pad_token_id": self.position_offset - 1 if self.position_offset else self.pad_id,
             "hidden_act": "gelu",
         }
 

@@ -71,12 +71,16 @@ def _fused(dtype: DTypeLike, width: int) -> bool:
     """Whether the backend has attention as one kernel: cuDNN's, for 16-bit floats."""
     if dtype not in (jnp.bfloat16, jnp.float16) or width % 8 or width > 128:
         return False
-    return _on_nvidia()
+    return _on_ampere()
 
 
 @functools.cache
-def _on_nvidia() -> bool:
-    return jax.default_backend() == "gpu" and "nvidia" in jax.devices()[0].device_kind.lower()
+def _on_ampere() -> bool:
+    """Whether devices are NVIDIA's, of the first generation whose kernels cuDNN has, or later."""
+    device = jax.devices()[0]
+    if device.platform != "gpu" or "nvidia" not in device.device_kind.lower():
+        return False
+    return float(device.compute_capability) >= 8.0
 
 
 def rotate(x: Array, theta: float) -> Array:

@@ -73,6 +73,9 @@ def test_import_and_export_is_tensor_identical(tmp_path, family):
         for name, tensor in before.items():
             assert (tensor.dtype, tensor.shape) == (after[name].dtype, after[name].shape)
             np.testing.assert_array_equal(tensor, after[name])
+    texts = ["ba be bi bo", "du"]
+    found = published.load(tmp_path / "out").encode_query(texts)
+    np.testing.assert_allclose(found, published.load(folder).encode_query(texts), atol=1e-6)
     again = weights.find(str(tmp_path / "out"))
     files = weights.find(str(folder))
     for name in ("pooling", "normalize", "query_prefix", "target_prefix", "tokenizer_json"):
