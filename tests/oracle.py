@@ -124,6 +124,8 @@ class Free:
     Parameters are {"queries": [_, D], "targets": [N, D]}; tokens are [_, 1].
     """
 
+    learn_beta = False
+
     def encode_queries(self, params, tokens: Array) -> Array:
         return params["queries"][jnp.asarray(tokens)[:, 0].astype(jnp.int32)]
 

@@ -72,6 +72,30 @@ def test_a_bad_value_ends_with_code_2_one_line_and_no_traceback():
         assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_compiled_programs_are_kept(tmp_path):
+    code = "from corrector_jax import main; main._keep_compiled(); import jax; print({})"
+    for given, where in (
+        ({"XDG_CACHE_HOME": str(tmp_path)}, tmp_path / "corrector_jax" / "jax"),
+        ({"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own")}, tmp_path / "own"),
+    ):
+        env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"} | given
+        done = subprocess.run(
+            [sys.executable, "-c", code.format("jax.config.jax_compilation_cache_dir")],
+            cwd=ROOT, env=env, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.stdout.strip() == str(where), done.stderr
+
+
+def test_modes_on_a_finished_run_take_its_configuration(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for mode in ("export", "embed"):
+        own = main._with_own_config(["main", f"--mode={mode}", f"--config.{mode}.path=x"])
+        assert own[1] == f"--config={configs.__file__}"
+        with pytest.raises(main.UserError, match=rf"seed cannot be set under --mode={mode}"):
+            main._with_own_config(["main", f"--mode={mode}", "--config.seed=1"])
+    assert main._with_own_config(["main", "--mode=train"]) == ["main", "--mode=train"]
+
+
 def test_help_lists_every_mode_and_key():
     text = main.usage()
     for key, _ in configs.flat(configs.default()):

@@ -66,7 +66,8 @@ def test_a_run_leaves_what_was_promised(corrected):
     for name in (
         "config.json", "metrics.jsonl", "results.json", "report.html", "examples.json",
         "runs/before.trec", "runs/after.trec", "runs/bm25.trec", "eval/after.json",
-        "plots/loss.png", "plots/drift.png", "plots/kl.png", "plots/recall.png",
+        "final/modules.json", "final/model.safetensors", "plots/loss.png", "plots/drift.png",
+        "plots/kl.png", "plots/recall.png",
     ):  # fmt: skip
         assert (corrected / name).stat().st_size > 0, name
     results = json.loads((corrected / "results.json").read_text())
@@ -79,6 +80,15 @@ def test_a_run_leaves_what_was_promised(corrected):
     assert results["steps"] == 8
     assert results["wall_seconds"] > 0
     assert results["examples_per_second"] > 0
+
+
+def test_the_card_of_the_encoders_has_the_figures_of_the_run(corrected):
+    card = (corrected / "final" / "README.md").read_text()
+    results = json.loads((corrected / "results.json").read_text())
+    for name in ("before", "after", "bm25"):
+        for value in results["eval"][name].values():
+            assert f"{value:.4f}" in card
+    assert f"encoded with grad: {results['ledger']['encoded_with_grad']:,}" in card
 
 
 def test_the_ledger_counts_every_target_encoded(corrected):

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from corrector_jax import weights
+from corrector_jax.models.dual_encoder import Projection
 from corrector_jax.types import UserError
 
 CONFIG = {"model_type": "bert", "max_position_embeddings": 512}
@@ -72,6 +73,8 @@ def test_a_plain_folder(folder):
         ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "mean"),
         ({"pooling_mode": "cls", "include_prompt": True}, "cls"),
         ({"pooling_mode": ["mean"]}, "mean"),
+        ({"pooling_mode": "lasttoken"}, "last"),
+        ({"pooling_mode_lasttoken": True}, "last"),
     ],
 )
 def test_the_pooling_of_old_and_new_folders(folder, pooling, expected):
@@ -84,12 +87,13 @@ def test_the_pooling_of_old_and_new_folders(folder, pooling, expected):
 @pytest.mark.parametrize(
     ("pooling", "words"),
     [
-        ({"pooling_mode_max_tokens": True}, "pooling pooling_mode_max_tokens; only mean or cls"),
+        ({"pooling_mode_max_tokens": True}, "pooling pooling_mode_max_tokens; only mean, cls or"),
         (
             {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True},
-            "pooling cls, mean; only mean or cls",
+            "pooling cls, mean; only mean, cls or",
         ),
-        ({"pooling_mode": "lasttoken"}, "pooling lasttoken; only mean or cls"),
+        ({"pooling_mode": "weightedmean"}, "pooling weightedmean; only mean, cls or"),
+        ({"pooling_mode": "mean", "include_prompt": False}, "leaves the prompt out"),
         ({}, "pooling none; only"),
     ],
 )
@@ -106,9 +110,10 @@ def test_normalisation_is_what_modules_says(folder, normalize):
     assert weights.find(str(folder)).normalize == normalize
 
 
-def test_a_module_that_would_be_lost_is_refused(folder):
-    write(folder / "modules.json", modules("Transformer", "Pooling", "Dense"))
-    with pytest.raises(UserError, match="a module Dense, which is not supported"):
+@pytest.mark.parametrize("kind", ["LSTM", "Transformer"])
+def test_a_module_that_would_be_lost_is_refused(folder, kind):
+    write(folder / "modules.json", modules("Transformer", "Pooling", kind))
+    with pytest.raises(UserError, match=f"a module {kind} where it is not supported"):
         weights.find(str(folder))
 
 
@@ -285,9 +290,10 @@ def test_the_hub_comes_last_and_gives_no_pickle(monkeypatch, folder):
         return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
     json_files = ["config.json", "tokenizer.json", "modules.json", "1_Pooling/config.json"]
-    json_files += ["sentence_bert_config.json", "tokenizer_config.json"]
+    json_files += ["sentence_bert_config.json", "tokenizer_config.json", "2_Dense/config.json"]
+    json_files += ["config_sentence_transformers.json", "special_tokens_map.json"]
     weight_files = ["model.safetensors", "model-00001-of-00002.safetensors"]
-    weight_files += ["model.safetensors.index.json"]
+    weight_files += ["model.safetensors.index.json", "2_Dense/model.safetensors"]
     assert all(fetched(with_weights, name) for name in json_files + weight_files)
     assert all(fetched(without, name) for name in json_files)
     assert not any(fetched(without, name) for name in weight_files)
@@ -319,3 +325,119 @@ def test_without_the_client_of_the_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"huggingface_hub.*give a folder"):
         weights.find("someone/encoder")
+
+
+def write_dense(folder, tensors=None, **changes):
+    config = {
+        "in_features": 3,
+        "out_features": 2,
+        "bias": False,
+        "activation_function": "torch.nn.modules.linear.Identity",
+    }
+    write(folder / "2_Dense" / "config.json", {**config, **changes})
+    tensors = tensors or {"linear.weight": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    save_file(tensors, folder / "2_Dense" / "model.safetensors")
+    kinds = modules("Transformer", "Pooling", "Dense", "Normalize")
+    write(folder / "modules.json", kinds)
+
+
+def test_a_dense_layer_after_pooling(folder):
+    write_dense(folder)
+    dense = weights.find(str(folder)).dense
+    assert dense.project == Projection(2, bias=False, activation="identity")
+    np.testing.assert_array_equal(dense.kernel, [[0, 3], [1, 4], [2, 5]])
+    assert dense.bias is None
+    tensors = {"linear.weight": np.ones((2, 3), np.float16), "linear.bias": np.ones(2, np.float16)}
+    write_dense(folder, tensors, bias=True, activation_function="torch.nn.modules.activation.Tanh")
+    dense = weights.find(str(folder)).dense
+    assert dense.project == Projection(2, bias=True, activation="tanh")
+    assert dense.bias.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"activation_function": "torch.nn.modules.activation.ReLU"}, "the activation relu"),
+        ({"use_residual": True}, "asks for a residual"),
+        ({"bias": True}, "holds other tensors than its config"),
+        ({"out_features": 5}, "holds other tensors than its config"),
+    ],
+)
+def test_other_dense_layers_are_refused(folder, changes, words):
+    write_dense(folder, **changes)
+    with pytest.raises(UserError, match=words):
+        weights.find(str(folder))
+
+
+def test_modules_out_of_order_or_outside_are_refused(folder):
+    write(folder / "modules.json", modules("Transformer", "Normalize", "Pooling"))
+    with pytest.raises(UserError, match="a module Pooling where it is not supported"):
+        weights.find(str(folder))
+    described = modules("Transformer", "Pooling")
+    described[1]["path"] = "../elsewhere"
+    write(folder / "modules.json", described)
+    with pytest.raises(UserError, match="outside its folder"):
+        weights.find(str(folder))
+    write(folder / "modules.json", modules("Router"))
+    with pytest.raises(UserError, match="name the folder of one of them"):
+        weights.find(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [
+        ({"prompts": {"query": "q: ", "document": "d: "}}, ("q: ", "d: ")),
+        ({"prompts": {"query": "q: ", "passage": "p: "}}, ("q: ", "p: ")),
+        ({"prompts": {"query": "q: ", "document": ""}}, ("q: ", "")),
+        ({"prompts": {"a": "x "}, "default_prompt_name": "a"}, ("x ", "x ")),
+        ({"default_prompt_name": None}, ("", "")),
+    ],
+)
+def test_prompts_are_the_prefixes(folder, prompts, expected):
+    write(folder / "config_sentence_transformers.json", prompts)
+    files = weights.find(str(folder))
+    assert (files.query_prefix, files.target_prefix) == expected
+
+
+def test_files_beside_the_tokenizer_are_kept(folder):
+    write(folder / "special_tokens_map.json", {"pad_token": "[PAD]"})
+    assert weights.find(str(folder)).tokenizer_files == {
+        "special_tokens_map.json": '{"pad_token": "[PAD]"}'
+    }
+
+
+def test_lowercasing_that_the_tokenizer_does_not_do_is_refused(folder):
+    write(folder / "sentence_bert_config.json", {"do_lower_case": True})
+    with pytest.raises(UserError, match="asks to lowercase texts"):
+        weights.find(str(folder))
+    lowers = {"normalizer": {"type": "BertNormalizer", "lowercase": True}}
+    write(folder / "tokenizer.json", lowers)
+    weights.find(str(folder))
+
+
+@pytest.mark.parametrize("length", [10**12, 90_000_000])
+def test_a_header_that_cannot_be_is_refused_unread(folder, length):
+    path = folder / "model.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
+    with pytest.raises(UserError, match=rf"a header of {length:,} bytes in a file of "):
+        weights.find(str(folder))
+
+
+def test_a_json_file_too_large_to_be_one_is_refused_unread(folder):
+    with (folder / "tokenizer.json").open("wb") as file:
+        file.truncate(100_000_001)
+    with pytest.raises(UserError, match=r"tokenizer\.json has 100,000,001 bytes"):
+        weights.find(str(folder))
+
+
+def test_json_of_another_kind_is_named(folder):
+    write(folder / "modules.json", {"type": "Transformer"})
+    with pytest.raises(UserError, match=r"modules\.json does not hold a list"):
+        weights.find(str(folder))
+
+
+@pytest.mark.parametrize("name", ["model.pt", "encoder.pth"])
+def test_other_pickles_are_refused_too(folder, name):
+    (folder / "model.safetensors").rename(folder / name)
+    with pytest.raises(UserError, match=rf"only as {name}, a pickle.*safe_serialization=True"):
+        weights.find(str(folder))

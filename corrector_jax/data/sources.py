@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ from corrector_jax import paths
 from corrector_jax.data import code_search, prepared
 from corrector_jax.data.dataset import RetrievalData, render_target, subset
 from corrector_jax.data.layouts import inline
-from corrector_jax.data.layouts.beir import Beir
+from corrector_jax.data.layouts.beir import Beir, read_corpus
 from corrector_jax.data.layouts.msmarco import MsMarco
 from corrector_jax.data.layouts.text_files import TextFiles
 from corrector_jax.data.layouts.tfds import Tfds
-from corrector_jax.data.rows import Reader
+from corrector_jax.data.rows import Reader, Rows, find
 from corrector_jax.paths import AnyPath
 from corrector_jax.types import UserError
 from corrector_jax.writer import say
@@ -62,6 +63,23 @@ def load(
     else:
         data = code_search.build(target_template=target_template)
     return subset(data, max_targets=max_targets, max_queries=max_queries)
+
+
+def targets(path: str, *, target_template: str) -> Iterator[tuple[str, str]]:
+    """(id, text) of every target of a corpus, read as it is asked for; no queries are needed.
+
+    Args:
+      path: a corpus.jsonl, a folder that holds one, or a source in one of the layouts.
+      target_template: how a target's text is made of its `{title}` and `{text}`.
+
+    Raises:
+      UserError: it is not there, or a row is malformed; the message names file and line.
+    """
+    place, rows = _resolve(path), Rows()
+    corpus = place if place.is_file() else find(place, "corpus.jsonl")
+    found = find_reader(place).targets(rows) if corpus is None else read_corpus(corpus, rows)
+    for target in found:
+        yield target.id, render_target(target_template, title=target.title, text=target.text)
 
 
 def find_reader(path: AnyPath, layout: str = "") -> Reader:

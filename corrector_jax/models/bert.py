@@ -1,24 +1,35 @@
-"""The BERT encoder: tokens in, hidden states of the last layer out (Devlin et al. 2019).
+"""BERT: tokens in, hidden states of the last layer out (Devlin et al. 2019); RoBERTa and XLM-R too.
 
-The weights are those of published checkpoints (`pretrained.py`). Everything but attention runs on
-[B * T, D]: the numbers are the same, and XLA on CPU takes three times as long for the weight
-gradient of a dense layer on [B, T, D].
+Everything but attention runs on [B * T, D]: the numbers are the same, and XLA on CPU takes three
+times as long for the weight gradient of a dense layer on [B, T, D].
 """
 
 from __future__ import annotations
 
 import functools
-import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from corrector_jax.types import Array, ArrayLike, UserError
+from corrector_jax.models.family import Place, check_sizes, number, only
+from corrector_jax.models.layers import attend, gelu
+from corrector_jax.types import Array, ArrayLike
 
 _init = nn.initializers.normal(0.02)
+# our name of a part of a layer -> the published one
+_DENSE = {
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "output": "attention.output.dense",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+}
+_NORMS = {"attention_norm": "attention.output.LayerNorm", "norm": "output.LayerNorm"}
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,7 @@ class BertConfig:
       type_vocab_size: rows of the table of segment types; only the first is ever read.
       layer_norm_eps: added to the variance.
       pad_id: the token that fills up a row; it is attended to by nothing.
+      position_offset: rows of the position table that are never read: RoBERTa counts from there.
 
     Raises:
       UserError: a size is not positive, or `num_heads` does not divide `hidden_size`.
@@ -49,16 +61,82 @@ class BertConfig:
     type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
     pad_id: int = 0
+    position_offset: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if name != "pad_id" and value <= 0:
-                raise UserError(f"The encoder's {name} is {value}; it must be positive.")
-        if self.hidden_size % self.num_heads:
-            raise UserError(
-                f"The encoder's hidden_size {self.hidden_size} cannot be split over "
-                f"{self.num_heads} heads; write a num_heads that divides it."
-            )
+        check_sizes(self)
+
+    @classmethod
+    def read(cls, published: Mapping[str, Any]) -> Self:
+        """The sizes in a `config.json` of model_type bert, roberta, xlm-roberta or camembert.
+
+        Raises:
+          UserError: another gelu or other positions than BERT's, or a key is no number.
+        """
+        only(published, "hidden_act", "gelu", default="gelu")
+        only(published, "position_embedding_type", "absolute", default="absolute")
+        roberta = published.get("model_type") != "bert"
+        pad_id = number(published, "pad_token_id", default=1 if roberta else 0)
+        offset = pad_id + 1 if roberta else 0
+        return cls(
+            vocab_size=number(published, "vocab_size"),
+            hidden_size=number(published, "hidden_size"),
+            num_layers=number(published, "num_hidden_layers"),
+            num_heads=number(published, "num_attention_heads"),
+            intermediate_size=number(published, "intermediate_size"),
+            max_positions=number(published, "max_position_embeddings") - offset,
+            type_vocab_size=number(published, "type_vocab_size", default=2),
+            layer_norm_eps=number(published, "layer_norm_eps", float, 1e-12),
+            pad_id=pad_id,
+            position_offset=offset,
+        )
+
+    def write(self) -> dict[str, Any]:
+        """The keys of `config.json`; its model_type is the caller's."""
+        return {
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "intermediate_size": self.intermediate_size,
+            "max_position_embeddings": self.max_positions + self.position_offset,
+            "type_vocab_size": self.type_vocab_size,
+            "layer_norm_eps": self.layer_norm_eps,
+            # RoBERTa's positions begin after it.
+            "pad_token_id": self.position_offset - 1 if self.position_offset else self.pad_id,
+            "hidden_act": "gelu",
+        }
+
+    def module(self, dtype: DTypeLike) -> Bert:
+        """The encoder, tokens [B, T] -> [B, T, D] in `dtype`."""
+        return Bert(self, dtype)
+
+    def places(self) -> Iterator[Place]:
+        """Every parameter of `Bert`."""
+        width, inner = self.hidden_size, self.intermediate_size
+        for ours, theirs, rows in (
+            ("word", "word", self.vocab_size),
+            ("position", "position", self.max_positions + self.position_offset),
+            ("type", "token_type", self.type_vocab_size),
+        ):
+            name = f"embeddings.{theirs}_embeddings.weight"
+            yield Place(("embeddings", ours), name, (rows, width))
+        yield from _norm_places(("embeddings", "norm"), "embeddings.LayerNorm", width)
+        for i in range(self.num_layers):
+            for ours, theirs in _DENSE.items():
+                path, name = (f"layer_{i}", ours), f"encoder.layer.{i}.{theirs}"
+                shape = (inner if ours == "up" else width, inner if ours == "down" else width)
+                yield Place((*path, "kernel"), f"{name}.weight", shape)
+                yield Place((*path, "bias"), f"{name}.bias", shape[:1])
+            for ours, theirs in _NORMS.items():
+                name = f"encoder.layer.{i}.{theirs}"
+                yield from _norm_places((f"layer_{i}", ours), name, width)
+
+
+def _norm_places(path: tuple[str, ...], name: str, width: int) -> Iterator[Place]:
+    # The first conversions of BERT called them gamma and beta.
+    yield Place((*path, "scale"), f"{name}.weight", (width,), alias=f"{name}.gamma")
+    yield Place((*path, "bias"), f"{name}.bias", (width,), alias=f"{name}.beta")
 
 
 class Bert(nn.Module):
@@ -97,28 +175,10 @@ class Bert(nn.Module):
         tokens = jnp.asarray(tokens, jnp.int32)
         x = _Embeddings(c, name="embeddings")(tokens).reshape(batch * length, c.hidden_size)
         x = x.astype(self.dtype)
-        mask = (tokens != c.pad_id)[:, None, None, :]
+        here = tokens != c.pad_id
         for i in range(c.num_layers):
-            x = _Layer(c, self.dtype, name=f"layer_{i}")(x, mask)
+            x = _Layer(c, self.dtype, name=f"layer_{i}")(x, here)
         return x.reshape(batch, length, c.hidden_size)
-
-
-@jax.custom_jvp
-def gelu(x: Array) -> Array:
-    """The exact gelu, x Phi(x), of [...] of any float dtype, with its derivative written out.
-
-    jax 0.12 cannot differentiate erf inside `jax.shard_map` (its polynomials have no rule for
-    values that vary over the mesh).
-    """
-    return jax.nn.gelu(x, approximate=False)
-
-
-@gelu.defjvp
-def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    (x,), (dx,) = primals, tangents
-    cdf = 0.5 * jax.lax.erfc(-x * math.sqrt(0.5))
-    density = jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-    return x * cdf, (cdf + x * density) * dx
 
 
 class _Embeddings(nn.Module):
@@ -130,9 +190,13 @@ class _Embeddings(nn.Module):
     def __call__(self, tokens: Array) -> Array:
         c = self.config
         word = self.param("word", _init, (c.vocab_size, c.hidden_size))
-        position = self.param("position", _init, (c.max_positions, c.hidden_size))
+        first, rows = c.position_offset, c.position_offset + c.max_positions
+        position = self.param("position", _init, (rows, c.hidden_size))
         kind = self.param("type", _init, (c.type_vocab_size, c.hidden_size))
-        x = jnp.take(word, tokens, axis=0) + (position[: tokens.shape[1]] + kind[:1])[None]
+        x = (
+            jnp.take(word, tokens, axis=0)
+            + (position[first : first + tokens.shape[1]] + kind[:1])[None]
+        )
         return _layer_norm(c, "norm")(x)
 
 
@@ -143,19 +207,15 @@ class _Layer(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array) -> Array:
+    def __call__(self, x: Array, here: Array) -> Array:
         c = self.config
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_init)
 
         def heads(name: str) -> Array:
             y = dense(c.hidden_size, name=name)(x)
-            return y.reshape(mask.shape[0], mask.shape[-1], c.num_heads, -1)
+            return y.reshape(*here.shape, c.num_heads, -1)
 
-        # Its softmax is float32 for any dtype. Batched matmuls on [B, heads, T, d], and a backward
-        # written by hand, were within the noise of it on CPU (forward and gradient, T 32 and 64).
-        y = jax.nn.dot_product_attention(
-            heads("query"), heads("key"), heads("value"), mask=mask, implementation="xla"
-        )
+        y = attend(heads("query"), heads("key"), heads("value"), here)
         y = dense(c.hidden_size, name="output")(y.reshape(x.shape))
         x = _layer_norm(c, "attention_norm")(x + y).astype(self.dtype)
         y = gelu(dense(c.intermediate_size, name="up")(x))

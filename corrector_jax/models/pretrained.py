@@ -1,31 +1,37 @@
-"""Published BERT weights, in the tree of `bert.Bert`. Reads no file: `weights.py` does."""
+"""Published weights <-> our tree, for every family. Reads no file: `weights.py` does."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+import re
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from corrector_jax.models.bert import BertConfig
+from corrector_jax.models.family import Family, Place
+from corrector_jax.models.modernbert import ModernBertConfig
+from corrector_jax.models.t5 import T5Config
 from corrector_jax.types import PyTree, UserError
 
-# Where BERT stands among the tensors: alone, under a task's head, inside a wrapper.
-_PREFIXES = ("", "bert.", "model.")
-_WORDS = "embeddings.word_embeddings.weight"
-# our name of a part of a layer -> the published one
-_DENSE = {
-    "query": "attention.self.query",
-    "key": "attention.self.key",
-    "value": "attention.self.value",
-    "output": "attention.output.dense",
-    "up": "intermediate.dense",
-    "down": "output.dense",
+FAMILIES: dict[str, type[Family]] = {
+    "bert": BertConfig,
+    "roberta": BertConfig,
+    "xlm-roberta": BertConfig,
+    "camembert": BertConfig,
+    "modernbert": ModernBertConfig,
+    "t5": T5Config,
 }
-_NORMS = {"attention_norm": "attention.output.LayerNorm", "norm": "output.LayerNorm"}
+"""By the model_type of a published `config.json`."""
+
+# What stands beside an encoder and is none of it: poolers and heads of other tasks, counted rows.
+_BESIDE = re.compile(
+    r"(pooler|cls|lm_head|classifier|qa_outputs|score|head|decoder)\.|(.*\.)?(position_ids|token_type_ids)$"
+)
 
 
-def bert_config(hf_config: Mapping[str, Any], *, layers: int = 0) -> BertConfig:
+def encoder_config(hf_config: Mapping[str, Any], *, layers: int = 0) -> Family:
     """The sizes that a published `config.json` states.
 
     Args:
@@ -33,62 +39,42 @@ def bert_config(hf_config: Mapping[str, Any], *, layers: int = 0) -> BertConfig:
       layers: keep only the first so many layers; 0 keeps all.
 
     Returns:
-      The config of `bert.Bert`.
+      The config of the family that its model_type names.
 
     Raises:
-      UserError: another architecture than BERT with exact gelu and absolute positions, a key is
-        missing or not a number, or fewer than `layers` layers are there.
+      UserError: no such family is there, or not in this form; a key is missing or not a number; or
+        fewer than `layers` layers are there.
     """
-    for key, wanted, default in (
-        ("model_type", "bert", None),
-        ("hidden_act", "gelu", "gelu"),
-        ("position_embedding_type", "absolute", "absolute"),
-    ):
-        found = hf_config.get(key, default)
-        if found != wanted:
-            raise UserError(
-                f"The encoder's config.json says {key} {found!r}, but only {wanted!r} is "
-                f"supported; choose a BERT encoder, for example all-MiniLM-L6-v2."
-            )
-
-    def number(key: str, kind: type = int, default: float | None = None) -> Any:
-        value = hf_config.get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != kind(value):
-            raise UserError(
-                f"The encoder's config.json gives {value!r} for {key}, which must be "
-                f"{'a whole number' if kind is int else 'a number'}."
-            )
-        return kind(value)
-
-    available = number("num_hidden_layers")
-    if not 0 <= layers <= available:
+    kind = hf_config.get("model_type")
+    if kind not in FAMILIES:
         raise UserError(
-            f"The encoder has {available} layers, so its first {layers} cannot be kept; write a "
-            f"number from 1 to {available}, or 0 for all."
+            f"The encoder's config.json says model_type {kind!r}, but only "
+            f"{', '.join(map(repr, FAMILIES))} are supported; choose one of them, for example "
+            "all-MiniLM-L6-v2."
         )
-    return BertConfig(
-        vocab_size=number("vocab_size"),
-        hidden_size=number("hidden_size"),
-        num_layers=layers or available,
-        num_heads=number("num_attention_heads"),
-        intermediate_size=number("intermediate_size"),
-        max_positions=number("max_position_embeddings"),
-        type_vocab_size=number("type_vocab_size", default=2),
-        layer_norm_eps=number("layer_norm_eps", float, 1e-12),
-        pad_id=number("pad_token_id", default=0),
-    )
+    config = FAMILIES[kind].read(hf_config)
+    if not 0 <= layers <= config.num_layers:
+        raise UserError(
+            f"The encoder has {config.num_layers} layers, so its first {layers} cannot be kept; "
+            f"write a number from 1 to {config.num_layers}, or 0 for all."
+        )
+    return replace(config, num_layers=layers) if layers else config
 
 
-def bert_params(tensors: Mapping[str, np.ndarray], config: BertConfig) -> PyTree:
-    """The parameters of `bert.Bert` (and of `dual_encoder.Encoder`) from published tensors.
+def replace(config: Family, **changes: Any) -> Family:
+    """The same sizes but for some."""
+    changed: Family = dataclasses.replace(config, **changes)  # type: ignore[type-var]
+    return changed
 
-    Tensors that `config` has no place for are left alone: the pooler, heads, position ids, layers
-    beyond the first `config.num_layers`.
+
+def params_from(tensors: Mapping[str, np.ndarray], config: Family) -> PyTree:
+    """The parameters of a family's module (and of `dual_encoder.Encoder`) from published tensors.
+
+    Tensors that `config` has no place for are left alone; see `beside`.
 
     Args:
-      tensors: name -> array of any float dtype, matrices [out, in]; names may start with "bert." or
-        "model.", and layer norms may be called gamma and beta, as in the first conversions.
+      tensors: name -> array of any float dtype, matrices [out, in]; names may share a prefix such
+        as "bert." or "model.".
       config: the sizes.
 
     Returns:
@@ -97,62 +83,108 @@ def bert_params(tensors: Mapping[str, np.ndarray], config: BertConfig) -> PyTree
     Raises:
       UserError: tensors are missing, or have another shape than `config` says.
     """
-    tensors = {
-        name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
-            "LayerNorm.beta", "LayerNorm.bias"
-        ): tensor
-        for name, tensor in tensors.items()
-    }
-    prefix = next((p for p in _PREFIXES if p + _WORDS in tensors), "")
-    places = list(_places(config))
-    missing = [prefix + name for _, name, _ in places if prefix + name not in tensors]
+    prefix = _prefix(tensors, config)
+    places = {place: _names(place, prefix, tensors) for place in config.places()}
+    missing = [names[0] for names in places.values() if names[0] not in tensors]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(
-            f"The encoder's weights lack the tensor {missing[0]}{more}; give the weights of a "
-            f"BERT encoder of {config.num_layers} layers or more."
+            f"The encoder's weights lack the tensor {missing[0]}{more}; give the weights of the "
+            f"encoder that its config.json describes, with {config.num_layers} layers or more."
         )
     params: dict[str, Any] = {}
-    for path, name, shape in places:
-        tensor = tensors[prefix + name]
-        if tensor.shape != shape:
+    for place, (name, *_) in places.items():
+        tensor = tensors[name]
+        if tensor.shape != place.shape:
             raise UserError(
-                f"The encoder's tensor {prefix}{name} has shape {tensor.shape}, but its "
-                f"config.json asks for {shape}; give weights and config of the same model."
+                f"The encoder's tensor {name} has shape {tensor.shape}, but its config.json asks "
+                f"for {place.shape}; give weights and config of the same model."
             )
-        if path[-1] == "kernel":
-            tensor = tensor.T
-        *parents, leaf = path
+        *parents, leaf = place.path
         node = params
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[leaf] = np.ascontiguousarray(tensor, np.float32)
+        node[leaf] = np.ascontiguousarray(tensor.T if leaf == "kernel" else tensor, np.float32)
     return params
 
 
-def _places(config: BertConfig) -> Iterator[tuple[tuple[str, ...], str, tuple[int, ...]]]:
-    """Every leaf: its path in our tree, its published name, its published shape."""
-    width, inner = config.hidden_size, config.intermediate_size
-    for ours, theirs, rows in (
-        ("word", "word", config.vocab_size),
-        ("position", "position", config.max_positions),
-        ("type", "token_type", config.type_vocab_size),
-    ):
-        yield ("embeddings", ours), f"embeddings.{theirs}_embeddings.weight", (rows, width)
-    yield from _norm(("embeddings", "norm"), "embeddings.LayerNorm", width)
-    for i in range(config.num_layers):
-        for ours, theirs in _DENSE.items():
-            path, name = (f"layer_{i}", ours), f"encoder.layer.{i}.{theirs}"
-            out = inner if ours == "up" else width
-            # Published matrices are [out, in].
-            yield (*path, "kernel"), f"{name}.weight", (out, inner if ours == "down" else width)
-            yield (*path, "bias"), f"{name}.bias", (out,)
-        for ours, theirs in _NORMS.items():
-            yield from _norm((f"layer_{i}", ours), f"encoder.layer.{i}.{theirs}", width)
+def tensors_from(
+    params: PyTree, config: Family, *, like: Collection[str] = ()
+) -> dict[str, np.ndarray]:
+    """Published tensors from parameters: the exact inverse of `params_from`.
+
+    Args:
+      params: the tree, on the host or a device; leaves beyond the family's own are left alone.
+      config: the sizes.
+      like: names of the tensors the parameters came from, whose prefix and aliases are kept; empty
+        = the usual names.
+
+    Returns:
+      Name -> float32 array on the host, matrices [out, in].
+    """
+    prefix = _prefix(like, config)
+    tensors: dict[str, np.ndarray] = {}
+    for place in config.places():
+        leaf = params
+        for part in place.path:
+            leaf = leaf[part]
+        array = np.asarray(leaf, np.float32)
+        array = np.ascontiguousarray(array.T if place.path[-1] == "kernel" else array)
+        tensors |= dict.fromkeys(_names(place, prefix, like), array)
+    return tensors
 
 
-def _norm(
-    path: tuple[str, ...], name: str, width: int
-) -> Iterator[tuple[tuple[str, ...], str, tuple[int, ...]]]:
-    yield (*path, "scale"), f"{name}.weight", (width,)
-    yield (*path, "bias"), f"{name}.bias", (width,)
+def beside(tensors: Mapping[str, np.ndarray], config: Family) -> dict[str, np.ndarray]:
+    """The tensors that an encoder carries along and does not use, such as BERT's pooler.
+
+    Args:
+      tensors: name -> array [...], as published.
+      config: the sizes with all layers.
+
+    Returns:
+      Those that are no parameter of ours, in their own dtype; a decoder is left out.
+
+    Raises:
+      UserError: one of them is of no known kind, so that leaving it out would change embeddings.
+    """
+    prefix = _prefix(tensors, config)
+    placed = {name for place in config.places() for name in _names(place, prefix, tensors)}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in placed}
+    strange = [
+        name
+        for name in rest
+        if name.startswith(prefix) and not _BESIDE.match(name.removeprefix(prefix))
+    ]
+    if strange:
+        more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+        raise UserError(
+            f"The encoder's weights hold the tensor {strange[0]}{more}, for which the architecture "
+            "in its config.json has no place; give weights and config of the same model."
+        )
+    return {
+        name: tensor
+        for name, tensor in rest.items()
+        if not name.startswith((prefix + "decoder.", "decoder."))
+    }
+
+
+def _prefix(names: Iterable[str], config: Family) -> str:
+    """What published names begin with, found by the table of words, the first of a family's places.
+
+    An encoder may be published alone, under a task's head, or inside a wrapper.
+    """
+    words = next(iter(config.places()))
+    wanted = tuple(name for name in (words.name, words.alias) if name)
+    found = [
+        name.removesuffix(tail)
+        for name in names
+        for tail in wanted
+        if name == tail or name.endswith("." + tail)
+    ]
+    return min(found, key=len, default="")
+
+
+def _names(place: Place, prefix: str, there: Collection[str]) -> list[str]:
+    """The names of `there` that a place goes by; its usual name where there is none."""
+    both = [prefix + name for name in (place.name, place.alias) if name]
+    return [name for name in both if name in there] or both[:1]

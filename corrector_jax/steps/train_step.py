@@ -126,8 +126,9 @@ def train_step(
       place: the mesh.
 
     Returns:
-      The next state, the cache, and metrics as sums and counts. Where the loss, a gradient or the
-      corrector is not finite, `skipped` is 1 and the state differs in its step alone.
+      The next state, the cache, and metrics as sums and counts; beta among them if it is learned.
+      Where the loss, a gradient or the corrector is not finite, `skipped` is 1 and the state
+      differs in its step alone.
     """
     draw_key, uniform_key = jax.random.split(key)
     psi = state.corrector.gated
@@ -145,6 +146,9 @@ def train_step(
             jnp.asarray(batch.valid),
         ),
     }
+    if model.learn_beta:
+        beta = method.beta * model.beta_ratio(state.params)
+        measured["beta"] = Mean(beta, jnp.float32(1.0))
     corrector = state.corrector
     if cache is not None:
         # Pairs are made with the parameters that made the fresh scores, before the update.

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corrector_jax.models.bert import Bert, BertConfig, gelu
+from corrector_jax.models.bert import Bert, BertConfig
+from corrector_jax.models.layers import gelu
 from corrector_jax.types import UserError
 
 CONFIG = BertConfig(

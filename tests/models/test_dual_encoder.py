@@ -177,6 +177,21 @@ def test_random_parameters_are_float32_and_follow_the_key():
     assert np.abs(word[0] - word[1]).max() > 0.02
 
 
+def test_a_learned_beta_scales_queries_and_is_learned_from_them(tree):
+    dual = DualEncoder(Encoder(CONFIG), learn_beta=True)
+    params = dual.from_encoder_params(tree)
+    assert params["beta"] == 0
+    moved = params | {"beta": jnp.float32(0.01)}
+    assert float(dual.beta_ratio(moved)) == pytest.approx(np.e, rel=1e-5)
+    plain = embed(Encoder(CONFIG), tree, tokens())
+    for given, ratio in ((params, 1.0), (moved, np.e)):
+        queries, targets = both(dual, given, tokens())
+        np.testing.assert_allclose(queries, ratio * plain, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(targets, plain, rtol=1e-4, atol=1e-6)
+    slope = query_gradient(dual, params, tokens(), DIRECTION)["beta"]
+    assert slope == pytest.approx(100 * float((plain * DIRECTION).sum()), rel=1e-3)
+
+
 def test_an_embedding_has_the_dimension_of_the_encoder():
     dual = DualEncoder(Encoder(CONFIG))
     params = jax.eval_shape(dual.init, jax.random.key(0))

@@ -11,7 +11,7 @@ from corrector_jax import weights
 from corrector_jax.data.tokenize import TextTokenizer
 from corrector_jax.models.bert import Bert, BertConfig
 from corrector_jax.models.dual_encoder import Encoder
-from corrector_jax.models.pretrained import bert_config, bert_params
+from corrector_jax.models.pretrained import encoder_config, params_from
 from corrector_jax.types import UserError
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "minilm_vectors.npz"
@@ -75,10 +75,10 @@ def test_embeddings_equal_those_of_sentence_transformers(minilm, layers):
         texts = json.loads(reference["texts"].tobytes())
         expected = reference[f"layers_{layers}"]
         max_len = int(reference["max_len"])
-    config = bert_config(minilm.config, layers=layers)
+    config = encoder_config(minilm.config, layers=layers)
     tokens = TextTokenizer(minilm.tokenizer_json).encode(texts, max_len=max_len)
     encoder = Encoder(config, minilm.pooling, minilm.normalize)
-    params = bert_params(minilm.tensors, config)
+    params = params_from(minilm.tensors, config)
     # The two long texts apart: the others need no more than 64 tokens.
     used = (tokens != config.pad_id).sum(axis=1)
     assert used.max() > 128
@@ -91,8 +91,8 @@ def test_embeddings_equal_those_of_sentence_transformers(minilm, layers):
 
 
 def test_the_parameters_are_those_of_bert():
-    config = bert_config(HF_CONFIG)
-    params = bert_params(published(), config)
+    config = encoder_config(HF_CONFIG)
+    params = params_from(published(), config)
     wanted = jax.eval_shape(Bert(config).init, jax.random.key(0), np.zeros((1, 1), np.int32))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
         lambda x: (x.shape, x.dtype), wanted["params"]
@@ -101,44 +101,44 @@ def test_the_parameters_are_those_of_bert():
 
 
 def test_the_first_layers_are_a_slice_of_all():
-    every = bert_params(published(), bert_config(HF_CONFIG))
-    first = bert_config(HF_CONFIG, layers=2)
+    every = params_from(published(), encoder_config(HF_CONFIG))
+    first = encoder_config(HF_CONFIG, layers=2)
     assert first.num_layers == 2
     del every["layer_2"]
-    assert_same(bert_params(published(), first), every)
+    assert_same(params_from(published(), first), every)
 
 
 @pytest.mark.parametrize("prefix", ["bert.", "model."])
 def test_names_may_have_a_prefix(prefix):
-    config = bert_config(HF_CONFIG)
+    config = encoder_config(HF_CONFIG)
     tensors = published(prefix) | {"cls.predictions.bias": np.zeros(11)}
-    assert_same(bert_params(tensors, config), bert_params(published(), config))
+    assert_same(params_from(tensors, config), params_from(published(), config))
 
 
 def test_layer_norms_may_have_their_first_names():
     def old(name):
         return name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta")
 
-    config = bert_config(HF_CONFIG)
+    config = encoder_config(HF_CONFIG)
     tensors = {old(name): tensor for name, tensor in published().items()}
     assert tensors.keys() != published().keys()
-    assert_same(bert_params(tensors, config), bert_params(published(), config))
+    assert_same(params_from(tensors, config), params_from(published(), config))
 
 
 def test_halves_are_widened():
-    config = bert_config(HF_CONFIG)
+    config = encoder_config(HF_CONFIG)
     tensors = {name: tensor.astype(np.float16) for name, tensor in published().items()}
-    assert {x.dtype for x in jax.tree.leaves(bert_params(tensors, config))} == {np.dtype("f4")}
+    assert {x.dtype for x in jax.tree.leaves(params_from(tensors, config))} == {np.dtype("f4")}
 
 
 def test_a_missing_tensor_is_named():
     tensors = published("bert.")
     del tensors["bert.encoder.layer.1.output.dense.bias"]
     with pytest.raises(UserError, match=r"lack the tensor bert\.encoder\.layer\.1\.output\.dense"):
-        bert_params(tensors, bert_config(HF_CONFIG))
-    bert_params(tensors, bert_config(HF_CONFIG, layers=1))
+        params_from(tensors, encoder_config(HF_CONFIG))
+    params_from(tensors, encoder_config(HF_CONFIG, layers=1))
     with pytest.raises(UserError, match=r"embeddings\.word_embeddings\.weight and 52 more"):
-        bert_params({}, bert_config(HF_CONFIG))
+        params_from({}, encoder_config(HF_CONFIG))
 
 
 def test_a_wrong_shape_is_named():
@@ -146,20 +146,20 @@ def test_a_wrong_shape_is_named():
     name = "encoder.layer.0.intermediate.dense.weight"
     tensors[name] = tensors[name].T
     with pytest.raises(UserError, match=rf"{name} has shape \(8, 12\), .* asks for \(12, 8\)"):
-        bert_params(tensors, bert_config(HF_CONFIG))
+        params_from(tensors, encoder_config(HF_CONFIG))
 
 
 def test_a_config_is_read_with_the_defaults_of_the_format():
-    assert bert_config(HF_CONFIG) == BertConfig(11, 8, 3, 2, 12, 7, 2, 1e-12, 0)
+    assert encoder_config(HF_CONFIG) == BertConfig(11, 8, 3, 2, 12, 7, 2, 1e-12, 0)
     given = {"type_vocab_size": 1, "layer_norm_eps": 1e-5, "pad_token_id": 3}
-    assert bert_config(HF_CONFIG | given) == BertConfig(11, 8, 3, 2, 12, 7, 1, 1e-5, 3)
-    assert bert_config(HF_CONFIG | {"pad_token_id": None}).pad_id == 0
+    assert encoder_config(HF_CONFIG | given) == BertConfig(11, 8, 3, 2, 12, 7, 1, 1e-5, 3)
+    assert encoder_config(HF_CONFIG | {"pad_token_id": None}).pad_id == 0
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "t5"}, "model_type 't5', but only 'bert'"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2', but only 'bert'"),
         ({"model_type": None}, "model_type None"),
         ({"hidden_act": "gelu_new"}, "hidden_act 'gelu_new'"),
         ({"position_embedding_type": "relative_key"}, "relative_key"),
@@ -172,10 +172,10 @@ def test_a_config_is_read_with_the_defaults_of_the_format():
 )
 def test_other_encoders_are_refused_by_name(change, words):
     with pytest.raises(UserError, match=words):
-        bert_config(HF_CONFIG | change)
+        encoder_config(HF_CONFIG | change)
 
 
 @pytest.mark.parametrize("layers", [4, -1])
 def test_layers_that_are_not_there_are_refused(layers):
     with pytest.raises(UserError, match=f"has 3 layers, so its first {layers} cannot"):
-        bert_config(HF_CONFIG, layers=layers)
+        encoder_config(HF_CONFIG, layers=layers)

@@ -57,7 +57,7 @@ class Beir:
 
     def targets(self, rows: Rows) -> Iterator[Target]:
         """The lines of corpus.jsonl."""
-        return rows.parse(rows.records(self._corpus), _target)
+        return read_corpus(self._corpus, rows)
 
     def queries(self, split: str, rows: Rows) -> Iterator[Query]:
         """The queries that qrels/SPLIT.tsv names."""
@@ -73,6 +73,15 @@ class Beir:
                 "separated by tabs."
             )
         return join(rows.parse(lines, _judgement), self._texts, self._queries.name, rows)
+
+
+def read_corpus(path: AnyPath, rows: Rows) -> Iterator[Target]:
+    """The lines of a corpus.jsonl, which may also stand alone.
+
+    Raises:
+      UserError: a row is malformed, and no more may be skipped.
+    """
+    return rows.parse(rows.records(path), _target)
 
 
 def _target(record: dict[str, Any], where: str) -> Target:

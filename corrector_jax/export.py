@@ -1,0 +1,202 @@
+"""A run's encoders for everyone: the folder sentence-transformers loads, and its model card."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+import tokenizers
+
+from corrector_jax import config as configs
+from corrector_jax import model_folder, paths
+from corrector_jax.checkpoint import Position
+from corrector_jax.evaluate import trained
+from corrector_jax.job import Job
+from corrector_jax.model_folder import Clothes
+from corrector_jax.paths import AnyPath
+from corrector_jax.types import PyTree, UserError
+from corrector_jax.writer import say
+
+FINAL = "final"
+"""The folder of a run that holds its encoders."""
+
+
+def export_run(workdir: AnyPath, *, path: str = "") -> AnyPath:
+    """Writes the encoders of a run's newest checkpoint.
+
+    Args:
+      workdir: the run's folder.
+      path: where to; empty = `final` in the workdir, which is written anew.
+
+    Returns:
+      The folder.
+
+    Raises:
+      UserError: there is no run or no checkpoint, or the folder holds something else.
+    """
+    folder = paths.make(path) if path else workdir / FINAL
+    if path and folder.exists() and any(folder.iterdir()):
+        raise UserError(f"config.export.path={path} holds files already: name an empty folder")
+    job, state, position = trained(workdir)
+    write_final(job, state.params, workdir, position, folder)
+    say(f"{job.model.dim} dimensions, at step {position.step:,}: {folder}")
+    return folder
+
+
+def write_final(
+    job: Job, params: PyTree, workdir: AnyPath, position: Position, folder: AnyPath | None = None
+) -> AnyPath:
+    """Writes encoders as a sentence-transformers folder, or two and a Router where they differ.
+
+    Args:
+      job: the job.
+      params: the encoders' parameters.
+      workdir: the run's folder, whose evaluations go into the card.
+      position: steps and ledger, for the card.
+      folder: where to; None = `final` in the workdir.
+
+    Returns:
+      The folder.
+    """
+    folder = folder or workdir / FINAL
+    params = jax.device_get(params)
+    reading, origin = job.reading, job.origin
+    lengths = {"query": reading.query_max_len, "target": reading.target_max_len}
+    tokenizer = tokenizers.Tokenizer.from_str(origin.tokenizer_json)
+    model_folder.write(
+        folder,
+        job.model.towers(params),
+        encoder=job.model.encoder,
+        clothes=Clothes(
+            config=origin.config,
+            names=origin.names,
+            beside=origin.beside,
+            tokenizer_json=origin.tokenizer_json,
+            tokenizer_files=origin.tokenizer_files,
+            pad_token=str(tokenizer.id_to_token(reading.tokenizer.pad_id)),
+            query_prefix=reading.query_prefix,
+            target_prefix=reading.target_prefix,
+        ),
+        max_len={**lengths, "shared": max(lengths.values())},
+        card=card(job, params, workdir, position),
+    )
+    return folder
+
+
+def card(job: Job, params: PyTree, workdir: AnyPath, position: Position) -> str:
+    """The model card: what it is, data, metrics, cost, how to load, configuration.
+
+    Args:
+      job: the job.
+      params: the encoders' parameters.
+      workdir: the run's folder, with what it has of evaluations.
+      position: steps and ledger.
+
+    Returns:
+      Markdown with the head that model hubs read.
+    """
+    encoder = job.model.encoder
+    beta = float(job.method.beta * job.model.beta_ratio(params))
+    towers = "one encoder" if job.model.shared else "an encoder each for queries and targets"
+    steps = f"{encoder.pooling} pooling" + (", dense" if encoder.project else "")
+    steps += ", normalised" if encoder.normalize else ""
+    counts = ", ".join(f"{len(s.texts):,} {name}" for name, s in job.data.splits.items())
+    lines = [
+        "---",
+        "library_name: sentence-transformers",
+        "pipeline_tag: sentence-similarity",
+        "tags:",
+        "- sentence-transformers",
+        "- feature-extraction",
+        "- corrector_jax",
+        "---",
+        "",
+        f"# A retriever for {job.data.name}",
+        "",
+        f"Trained with corrector_jax, strategy `{job.config.strategy}`, for {position.step:,} "
+        f"steps from {job.origin.source}: {towers}, {steps}, {job.model.dim} dimensions.",
+        f"Scores are dot products; the softmax it was trained with had the inverse temperature "
+        f"{beta:.4g}.",
+        "",
+        "## How to load it",
+        "",
+        "```python",
+        "from sentence_transformers import SentenceTransformer",
+        "",
+        'model = SentenceTransformer("PATH_OF_THIS_FOLDER")',
+        'queries = model.encode_query(["a query"])',
+        'targets = model.encode_document(["a text", "another"])',
+        "scores = model.similarity(queries, targets)",
+        "```",
+        "",
+        *_how_it_reads(job),
+        "In corrector_jax: `--config.model.weights=PATH_OF_THIS_FOLDER"
+        + ("`." if job.model.shared else "/query` or `/target`."),
+        "",
+        "## Data",
+        "",
+        f"{job.data.name}: {job.size:,} targets; queries: {counts}.",
+        "",
+        "## Metrics",
+        "",
+        *_metrics(job, workdir),
+        "",
+        "## Cost",
+        "",
+        f"Targets encoded up to step {position.step:,}:",
+        "",
+        *(f"* {name.replace('_', ' ')}: {count:,}" for name, count in position.ledger.items()),
+        "",
+        "## Configuration",
+        "",
+        "```json",
+        configs.to_json(job.config).rstrip(),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _how_it_reads(job: Job) -> list[str]:
+    """Prefixes and lengths, in words."""
+    reading = job.reading
+    lines = []
+    if reading.query_prefix or reading.target_prefix:
+        lines = [
+            f"`encode_query` puts {reading.query_prefix!r} before a query and `encode_document` "
+            f"{reading.target_prefix!r} before a target, as in training; `encode` puts nothing.",
+        ]
+    lengths = (
+        f"Queries were cut at {reading.query_max_len} tokens and targets at "
+        f"{reading.target_max_len}"
+    )
+    if job.model.shared and reading.query_max_len != reading.target_max_len:
+        longest = max(reading.query_max_len, reading.target_max_len)
+        lengths += f"; loaded as above, both are cut at {longest} (`model.max_seq_length`)"
+    return [*lines, f"{lengths}.", ""]
+
+
+def _metrics(job: Job, workdir: AnyPath) -> list[str]:
+    """A table of the evaluations the run has so far."""
+    records: dict[str, dict[str, Any]] = {}
+    for name in ("bm25", "pretrained", "before", "after"):
+        path = workdir / "eval" / f"{name}.json"
+        if path.exists():
+            records[name] = json.loads(path.read_text())["metrics"]
+    if not records:
+        return ["Not evaluated yet."]
+    names = list(next(iter(records.values())))
+    shown = {"bm25": "BM25", "pretrained": "all layers, untouched"}
+    return [
+        f"On the split {job.final_split}, all {job.size:,} targets ranked:",
+        "",
+        f"| | {' | '.join(names)} |",
+        "|---" * (len(names) + 1) + "|",
+        *(
+            f"| {shown.get(name, f'{name} training')} | "
+            + " | ".join(f"{record[metric]:.4f}" for metric in names)
+            + " |"
+            for name, record in records.items()
+        ),
+    ]
