@@ -78,7 +78,7 @@ def test_a_runs_own_targets(run, wanted):
     job, rows = wanted
     ids, found, manifest = read(folder)
     assert folder == run / "embeddings" / job.data.name
-    assert ids == job.data.target_ids
+    assert ids == list(job.data.target_ids)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, rows, atol=1e-5)
     assert [shard["rows"] for shard in manifest["shards"]] == [20, 20, 20, 7]
@@ -92,7 +92,7 @@ def test_a_corpus_file_or_its_folder(run, wanted, tmp_path, name):
     job, rows = wanted
     data = run.parent / "data" / name
     ids, found, _ = read(embed(run, tmp_path, path=str(data)))
-    assert ids == job.data.target_ids
+    assert ids == list(job.data.target_ids)
     np.testing.assert_allclose(found, rows, atol=1e-5)
 
 
@@ -125,7 +125,7 @@ def test_several_processes_share_the_work(run, wanted, tmp_path):
     assert not (tmp_path / "manifest.json").exists()
     embed(run, tmp_path, part=0, parts=2)
     ids, found, _ = read(tmp_path)
-    assert ids == wanted[0].data.target_ids
+    assert ids == list(wanted[0].data.target_ids)
     np.testing.assert_allclose(found, wanted[1], atol=1e-5)
 
 
