@@ -135,7 +135,7 @@ def find(name: str) -> EncoderFiles:
     tensors = _tensors(model, found.sha256)
     path = _tokenizer_path(found.folder, model)
     tokenizer_json = _text(path)
-    _refuse_lowercasing(model, tokenizer_json)
+    _refuse_lowercasing(model, path)
     query_prefix, target_prefix = _prefixes(found.folder / "config_sentence_transformers.json")
     return EncoderFiles(
         source=found.source,
@@ -321,7 +321,9 @@ def _prefixes(path: Path) -> tuple[str, str]:
     if not path.exists():
         return "", ""
     config = _json(path)
-    prompts = config.get("prompts") or {}
+    prompts = config.get("prompts")
+    prompts = prompts if isinstance(prompts, dict) else {}
+    prompts = {name: prompt for name, prompt in prompts.items() if isinstance(prompt, str)}
     default = prompts.get(config.get("default_prompt_name"), "")
     query = prompts.get("query") or default
     names = ("document", "passage", "corpus")
@@ -329,11 +331,11 @@ def _prefixes(path: Path) -> tuple[str, str]:
     return query, target
 
 
-def _refuse_lowercasing(model: Path, tokenizer_json: str) -> None:
+def _refuse_lowercasing(model: Path, tokenizer: Path) -> None:
     """sentence-transformers can lowercase texts itself; here the tokenizer alone may."""
     path = model / "sentence_bert_config.json"
     if path.exists() and _json(path).get("do_lower_case") is True:
-        normalizer = json.loads(tokenizer_json).get("normalizer")
+        normalizer = _json(tokenizer).get("normalizer")
         if not re.search(r'"lowercase": true|"type": "Lowercase"', json.dumps(normalizer)):
             raise UserError(
                 f"{path} asks to lowercase texts, which the tokenizer.json does not do; write "

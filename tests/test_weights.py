@@ -391,6 +391,8 @@ def test_modules_out_of_order_or_outside_are_refused(folder):
         ({"prompts": {"query": "q: ", "document": ""}}, ("q: ", "")),
         ({"prompts": {"a": "x "}, "default_prompt_name": "a"}, ("x ", "x ")),
         ({"default_prompt_name": None}, ("", "")),
+        ({"prompts": {"query": 3}}, ("", "")),
+        ({"prompts": ["q: "]}, ("", "")),
     ],
 )
 def test_prompts_are_the_prefixes(folder, prompts, expected):

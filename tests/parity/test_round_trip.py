@@ -14,7 +14,6 @@ from safetensors.numpy import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
-from corrector_jax import config as configs
 from corrector_jax import export, weights
 from corrector_jax.checkpoint import Position
 from corrector_jax.evaluate import trained
@@ -28,8 +27,8 @@ LABSE = {"family": "bert", "pooling": "cls", "dense": (24, True, torch.nn.Tanh()
 PROMPTS = {"query": "ba be ", "document": "bu "}
 
 
-def config_of(folder: Path, encoder: Path, **changes):
-    """20 steps from the encoder in a folder."""
+def config_of(folder: Path, encoder: Path | str, **changes):
+    """20 steps from an encoder."""
     changes = {"train__steps": 20, "checkpoint__every": 20, "mesh__devices": 1, **changes}
     changes = {"model__layers": 0, "eval__bm25": False, "strategy": "in_batch", **changes}
     return tiny.config(folder, model__weights=str(encoder), **changes)
@@ -145,27 +144,8 @@ def test_a_trained_encoder_goes_out_whole(tmp_path, published_as, changes):
 
 
 def test_the_real_minilm(tmp_path):
-    """Functions of the installed packages, two layers, as the quickstart but smaller."""
-    config = configs.default()
-    config.update_from_flattened_dict(
-        {
-            "strategy": "in_batch",
-            "data.max_targets": 400,
-            "data.max_queries": 64,
-            "data.query_max_len": 32,
-            "data.target_max_len": 32,
-            "model.layers": 2,
-            "train.steps": 20,
-            "train.warmup": 2,
-            "train.batch_size": 4,
-            "train.learning_rate": 1e-4,
-            "eval.bm25": False,
-            "log.tensorboard": False,
-            "mesh.devices": 1,
-        }
-    )
-    configs.validate(config)
-    run = tmp_path / "run"
+    run = tmp_path / "workdir"
+    config = config_of(tmp_path / "run", "all-MiniLM-L6-v2", model__layers=2)
     train(config, run, started=time.monotonic())
     job, state, _ = trained(run)
     model = published.load(run / "final")
