@@ -116,8 +116,8 @@ def embedding(job, state, model, args) -> tuple[Turn, Turn, float]:
         return embed_table(
             job.model,
             state.params,
-            job.reading.targets(texts),
-            pad_id=job.reading.tokenizer.pad_id,
+            job.tokenization.targets(texts),
+            pad_id=job.tokenization.tokenizer.pad_id,
             block=job.config.eval.batch_size,
             place=job.place,
         )
@@ -128,7 +128,7 @@ def embedding(job, state, model, args) -> tuple[Turn, Turn, float]:
 
     worst = np.abs(here() - there()).max()
     assert worst < (1e-4 if args.dtype == "float32" else 5e-2), f"they differ by {worst}"
-    used = int((job.reading.targets(texts) != job.reading.tokenizer.pad_id).sum())
+    used = int((job.tokenization.targets(texts) != job.tokenization.tokenizer.pad_id).sum())
     return here, there, 2.0 * _weights(job) * used
 
 
@@ -149,7 +149,7 @@ def training(job, state, model, args) -> tuple[Turn, Turn, float]:
 
     def embed(tokens: np.ndarray) -> torch.Tensor:
         ids = torch.tensor(tokens.astype(np.int64), device=model.device)
-        mask = (ids != job.reading.tokenizer.pad_id).long()
+        mask = (ids != job.tokenization.tokenizer.pad_id).long()
         return model({"input_ids": ids, "attention_mask": mask})["sentence_embedding"]
 
     def there() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from corrector_jax import job, paths, weights
+from corrector_jax import job, paths
 from corrector_jax.data.dataset import RetrievalData, Split, stable_hash
 from corrector_jax.data.tokenize import TextTokenizer
 from corrector_jax.paths import AnyPath
@@ -58,17 +58,15 @@ def check_data(config: ConfigDict, workdir: AnyPath) -> bool:
       UserError: the source cannot be read to its end.
     """
     data = job.load_data(config, max_bad_rows=_MOST_REFUSED)
-    random = config.model.weights == "random"
-    name = config.model.tokenizer if random else config.model.weights
-    tokenizer = TextTokenizer(weights.find_tokenizer(name))
+    texts, *_ = job.load_encoder(config)
     lengths = {
         "targets": _lengths(
-            data.target_texts, tokenizer, config.data.target_prefix, config.data.target_max_len
+            data.target_texts, texts.tokenizer, texts.target_prefix, texts.target_max_len
         )
     }
     for split, queries in data.splits.items():
         lengths[f"{split} queries"] = _lengths(
-            queries.texts, tokenizer, config.data.query_prefix, config.data.query_max_len
+            queries.texts, texts.tokenizer, texts.query_prefix, texts.query_max_len
         )
     findings = [
         *_rows(data, config.data.max_bad_rows),

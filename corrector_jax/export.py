@@ -61,8 +61,8 @@ def write_final(
     """
     folder = folder or workdir / FINAL
     params = jax.device_get(params)
-    reading, origin = job.reading, job.origin
-    lengths = {"query": reading.query_max_len, "target": reading.target_max_len}
+    texts, origin = job.tokenization, job.origin
+    lengths = {"query": texts.query_max_len, "target": texts.target_max_len}
     tokenizer = tokenizers.Tokenizer.from_str(origin.tokenizer_json)
     model_folder.write(
         folder,
@@ -74,9 +74,9 @@ def write_final(
             beside=origin.beside,
             tokenizer_json=origin.tokenizer_json,
             tokenizer_files=origin.tokenizer_files,
-            pad_token=str(tokenizer.id_to_token(reading.tokenizer.pad_id)),
-            query_prefix=reading.query_prefix,
-            target_prefix=reading.target_prefix,
+            pad_token=str(tokenizer.id_to_token(texts.tokenizer.pad_id)),
+            query_prefix=texts.query_prefix,
+            target_prefix=texts.target_prefix,
         ),
         max_len={**lengths, "shared": max(lengths.values())},
         card=card(job, params, workdir, position),
@@ -160,19 +160,18 @@ def card(job: Job, params: PyTree, workdir: AnyPath, position: Position) -> str:
 
 def _how_it_reads(job: Job) -> list[str]:
     """Prefixes and lengths, in words."""
-    reading = job.reading
+    texts = job.tokenization
     lines = []
-    if reading.query_prefix or reading.target_prefix:
+    if texts.query_prefix or texts.target_prefix:
         lines = [
-            f"`encode_query` puts {reading.query_prefix!r} before a query and `encode_document` "
-            f"{reading.target_prefix!r} before a target, as in training; `encode` puts nothing.",
+            f"`encode_query` puts {texts.query_prefix!r} before a query and `encode_document` "
+            f"{texts.target_prefix!r} before a target, as in training; `encode` puts nothing.",
         ]
     lengths = (
-        f"Queries were cut at {reading.query_max_len} tokens and targets at "
-        f"{reading.target_max_len}"
+        f"Queries were cut at {texts.query_max_len} tokens and targets at {texts.target_max_len}"
     )
-    if job.model.shared and reading.query_max_len != reading.target_max_len:
-        longest = max(reading.query_max_len, reading.target_max_len)
+    if job.model.shared and texts.query_max_len != texts.target_max_len:
+        longest = max(texts.query_max_len, texts.target_max_len)
         lengths += f"; loaded as above, both are cut at {longest} (`model.max_seq_length`)"
     return [*lines, f"{lengths}.", ""]
 

@@ -43,7 +43,7 @@ LENGTH_MULTIPLE = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
+class Tokenization:
     """How texts become tokens: the configuration, and where it is silent, the weights.
 
     Attributes:
@@ -109,7 +109,7 @@ class Job:
       known: [n, K] int32, known positives of the training queries, -1 pads.
       probe_queries: [Q, T] int32 on the mesh, queries never trained on.
       probe_ids: [U] int32 on the mesh, the probe's targets.
-      reading: how texts become tokens.
+      tokenization: how texts become tokens.
       origin: what the encoder came with.
       encoder_params: one tower's parameters at the start, on the host; None = random.
       made_by: what rows of the cache depend on beside the weights: field -> word or number.
@@ -133,7 +133,7 @@ class Job:
     known: np.ndarray
     probe_queries: Array
     probe_ids: Array
-    reading: Reading
+    tokenization: Tokenization
     origin: Origin
     encoder_params: PyTree
     made_by: dict[str, Any]
@@ -259,17 +259,17 @@ def make_job(config: ConfigDict) -> Job:
     say(_describe(data))
     if "dev" not in data.splits:
         say(f"no dev split: evaluations during training and the probe use {final_split}")
-    reading, encoder, encoder_params, origin = load_encoder(config)
-    tokenizer = reading.tokenizer
+    tokenization, encoder, encoder_params, origin = load_encoder(config)
+    tokenizer = tokenization.tokenizer
     model = DualEncoder(
         encoder, shared=config.model.shared_towers, learn_beta=config.model.learn_beta
     )
-    tokens, lengths = _token_table(config, data, reading, place)
-    query_tokens = {name: reading.queries(split.texts) for name, split in data.splits.items()}
+    tokens, lengths = _token_table(config, data, tokenization, place)
+    query_tokens = {name: tokenization.queries(split.texts) for name, split in data.splits.items()}
     lengths_of = {
         name: tokenize.lengths(table, tokenizer.pad_id) for name, table in query_tokens.items()
     }
-    widest = max(_width(found, reading.query_max_len) for found in lengths_of.values())
+    widest = max(_width(found, tokenization.query_max_len) for found in lengths_of.values())
     query_tokens = {name: table[:, :widest] for name, table in query_tokens.items()}
     learning_rate = optimizer.schedule(
         config.train.schedule,
@@ -297,14 +297,14 @@ def make_job(config: ConfigDict) -> Job:
         known=data.known_positives("train"),
         probe_queries=probe_queries,
         probe_ids=probe_ids,
-        reading=reading,
+        tokenization=tokenization,
         origin=origin,
         encoder_params=encoder_params,
         made_by={
             "tokenizer": tokenizer.fingerprint,
             "template": config.data.target_template,
-            "prefix": reading.target_prefix,
-            "length": reading.target_max_len,
+            "prefix": tokenization.target_prefix,
+            "length": tokenization.target_max_len,
             "family": type(encoder.config).__name__.removesuffix("Config"),
             "layers": encoder.config.num_layers,
             "pooling": encoder.pooling,
@@ -357,16 +357,16 @@ def load_data(config: ConfigDict, max_bad_rows: int = 0) -> RetrievalData:
     )
 
 
-def load_tokens(config: ConfigDict, data: RetrievalData, reading: Reading) -> TokenTable:
+def load_tokens(config: ConfigDict, data: RetrievalData, tokenization: Tokenization) -> TokenTable:
     """The corpus as tokens, [N, T], made before or now."""
     return token_table(
         data.target_texts,
-        reading.tokenizer,
+        tokenization.tokenizer,
         name=data.name,
         content_fingerprint=data.fingerprint(),
         template=config.data.target_template,
-        prefix=reading.target_prefix,
-        max_len=reading.target_max_len,
+        prefix=tokenization.target_prefix,
+        max_len=tokenization.target_max_len,
         folder=sources.cache_folder(config.data.cache_dir) / "tokens",
     )
 
@@ -375,8 +375,8 @@ def prepare(config: ConfigDict) -> None:
     """Reads and tokenizes the data, so that a run finds it done."""
     data = load_data(config)
     say(_describe(data))
-    reading, *_ = load_encoder(config)
-    load_tokens(config, data, reading)
+    tokenization, *_ = load_encoder(config)
+    load_tokens(config, data, tokenization)
 
 
 def full_encoder(job: Job) -> tuple[Embedder, PyTree]:
@@ -418,7 +418,7 @@ def _placement(config: ConfigDict) -> Placement:
     return place
 
 
-def load_encoder(config: ConfigDict) -> tuple[Reading, Encoder, PyTree, Origin]:
+def load_encoder(config: ConfigDict) -> tuple[Tokenization, Encoder, PyTree, Origin]:
     """Finds or makes the encoder that a configuration names.
 
     Args:
@@ -498,10 +498,10 @@ def load_encoder(config: ConfigDict) -> tuple[Reading, Encoder, PyTree, Origin]:
         dtype=model.dtype,
         project=project,
     )
-    reading = Reading(
+    tokenization = Tokenization(
         tokenizer, prefixes["query"], prefixes["target"], lengths["query"], lengths["target"]
     )
-    return reading, encoder, params, origin
+    return tokenization, encoder, params, origin
 
 
 def _published_params(files: weights.EncoderFiles, family: Family) -> PyTree:
@@ -521,13 +521,13 @@ def _random_projection(seed: int, width: int, project: Projection) -> PyTree:
 
 
 def _token_table(
-    config: ConfigDict, data: RetrievalData, reading: Reading, place: Placement
+    config: ConfigDict, data: RetrievalData, tokenization: Tokenization, place: Placement
 ) -> tuple[TargetTokens, np.ndarray]:
-    table = load_tokens(config, data, reading)
+    table = load_tokens(config, data, tokenization)
     tokens = caches.create_tokens(
         table.ids[:, : _width(table.lengths, table.ids.shape[1])],
         fingerprint=table.fingerprint,
-        pad_id=reading.tokenizer.pad_id,
+        pad_id=tokenization.tokenizer.pad_id,
         block_rows=config.negatives.block_rows,
         place=place,
     )

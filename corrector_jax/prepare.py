@@ -60,7 +60,7 @@ def _enough_disk(config: ConfigDict, root: Path, needed: dict[str, int]) -> None
     if not config.data.verify:
         return  # nobody knows how large other files are
     corpus = CORPORA[QUERIES[config.data.published].corpus]
-    a_row = ID_BYTES + 2 * config.data.target_max_len  # tokens of 16 bits
+    a_row = ID_BYTES + 2 * (config.data.target_max_len or 512)  # tokens of 16 bits
     cache = sources.cache_folder(config.data.cache_dir)
     tables = {}
     if needed["records"]:  # else they may be there: those stages check for themselves

@@ -68,7 +68,15 @@ class Run:
     started: float
 
     def add(self, ids: Array, fresh: Array) -> None:
-        """Takes part in a pass over the corpus to end it when the run is asked to stop."""
+        """Takes part in a pass over the corpus to end it when the run is asked to stop.
+
+        Args:
+          ids: [b] int32, not looked at.
+          fresh: [b, D] float32, not looked at.
+
+        Raises:
+          PreemptedError: the run was asked to stop.
+        """
         self.preemption.check()
 
 

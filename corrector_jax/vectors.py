@@ -155,8 +155,8 @@ def _make(
     rows = embed_table(
         job.model,
         params,
-        job.reading.targets([text for _, text in texts]),
-        pad_id=job.reading.tokenizer.pad_id,
+        job.tokenization.targets([text for _, text in texts]),
+        pad_id=job.tokenization.tokenizer.pad_id,
         block=job.config.eval.batch_size,
         place=job.place,
     )

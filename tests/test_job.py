@@ -61,11 +61,11 @@ def config_of(folder, published, **changes):
 
 def test_the_weights_decide_where_nothing_is_written(tmp_path, published, capsys):
     config = config_of(tmp_path, published, data__query_max_len=0, data__target_max_len=0)
-    reading, encoder, params, origin = load_encoder(config)
+    tokenization, encoder, params, origin = load_encoder(config)
     assert encoder == ENCODER
     assert params["projection"]["kernel"].shape == (8, 6)
-    assert (reading.query_prefix, reading.target_prefix) == ("ba ", "")
-    assert (reading.query_max_len, reading.target_max_len) == (30, 30)
+    assert (tokenization.query_prefix, tokenization.target_prefix) == ("ba ", "")
+    assert (tokenization.query_max_len, tokenization.target_max_len) == (30, 30)
     assert set(origin.beside) == {"pooler.dense.bias"}
     said = capsys.readouterr().out
     assert "every query is read after 'ba '" in said
@@ -84,9 +84,9 @@ def test_what_is_written_decides(tmp_path, published, capsys, written, used):
         model__layers=1,
         model__projection=5,
     )
-    reading, encoder, params, _ = load_encoder(config)
-    assert reading.query_prefix == used
-    assert (reading.query_max_len, reading.target_max_len) == (8, 16)
+    tokenization, encoder, params, _ = load_encoder(config)
+    assert tokenization.query_prefix == used
+    assert (tokenization.query_max_len, tokenization.target_max_len) == (8, 16)
     assert (encoder.pooling, encoder.normalize, encoder.config.num_layers) == ("cls", True, 1)
     assert encoder.project == Projection(5, bias=False)
     assert params["projection"].keys() == {"kernel"}

@@ -52,7 +52,7 @@ def run(tmp_path_factory):
 def wanted(run):
     """[N, D] of the run's targets, by its own encoder, all at once."""
     job, state, _ = trained(run)
-    tokens = job.reading.targets(job.data.target_texts)
+    tokens = job.tokenization.targets(job.data.target_texts)
     return job, np.asarray(jax.jit(job.model.encode_targets)(state.params, tokens))
 
 

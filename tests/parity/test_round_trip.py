@@ -37,7 +37,7 @@ def config_of(folder: Path, encoder: Path | str, **changes):
 def ours(job, params, queries: list[str], targets: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings of texts by the job's own encoders."""
     encode = jax.jit(job.model.encode_queries), jax.jit(job.model.encode_targets)
-    tokens = job.reading.queries(queries), job.reading.targets(targets)
+    tokens = job.tokenization.queries(queries), job.tokenization.targets(targets)
     return tuple(np.asarray(f(params, t)) for f, t in zip(encode, tokens, strict=True))
 
 
@@ -50,7 +50,7 @@ def test_a_folder_comes_in_whole(tmp_path, published_as):
     job = make_job(config_of(tmp_path / "run", folder, **lengths))
     params = job.init_state().params
     queries, targets = job.data.splits["dev"].texts, job.data.target_texts[:20]
-    assert job.reading.query_prefix == PROMPTS["query"]
+    assert job.tokenization.query_prefix == PROMPTS["query"]
     model = published.load(folder)
     found = ours(job, params, queries, targets)
     np.testing.assert_allclose(found[0], model.encode_query(queries), atol=1e-4)
