@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
+from jax.experimental import multihost_utils
 
 from corrector_jax import paths
 from corrector_jax.cache import TargetCache
@@ -42,6 +43,8 @@ def save(
 ) -> dict[str, Any]:
     """Writes a snapshot; when this returns, it can be referred to.
 
+    All processes call it together, and each writes the rows its own devices hold.
+
     Args:
       folder: what is there goes: it was left by a run cut off before it could refer to it.
       cache: the cache, [rows, D] split by row; it may be donated afterwards.
@@ -51,7 +54,9 @@ def save(
     Returns:
       The reference that `load` takes: step, and sha256 of the manifest.
     """
-    paths.remove(folder)
+    if jax.process_index() == 0:
+        paths.remove(folder)
+    _wait_for_all("the snapshot's folder is empty")
     files = []
     for start, rows in _pieces(cache):
         content = safetensors.numpy.save(rows)
@@ -66,18 +71,22 @@ def save(
                 "sha256": hashlib.sha256(content).hexdigest(),
             }
         )
-    manifest = {
-        "format": FORMAT,
-        "step": step,
-        "size": cache.size,
-        "dim": cache.embeddings.shape[1],
-        "dtype": str(cache.embeddings.dtype),
-        "made_by": made_by,
-        "files": files,
-    }
-    text = json.dumps(manifest, indent=2) + "\n"
-    paths.write(folder / "manifest.json", text)
-    return {"step": step, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    if jax.process_count() > 1:
+        files = _of_all_processes(folder, files)
+    if jax.process_index() == 0:
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "size": cache.size,
+            "dim": cache.embeddings.shape[1],
+            "dtype": str(cache.embeddings.dtype),
+            "made_by": made_by,
+            "files": files,
+        }
+        paths.write(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    _wait_for_all("the snapshot is whole")
+    content = (folder / "manifest.json").read_bytes()
+    return {"step": step, "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def load(
@@ -250,8 +259,25 @@ def _pieces(cache: TargetCache) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
 
 
 def _shards(array: jax.Array) -> dict[int, jax.Array]:
-    """First row -> the rows a device holds."""
-    return {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    """First row -> the rows a device of this process holds, copies on other devices left out."""
+    shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+    return {shard.index[0].start or 0: shard.data for shard in shards}
+
+
+def _of_all_processes(folder: AnyPath, files: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The files that all processes wrote, in the order of their rows."""
+    names = [folder / f"process-{number}.json" for number in range(jax.process_count())]
+    paths.write(names[jax.process_index()], json.dumps(files))
+    _wait_for_all("every process wrote its rows")
+    every = [entry for name in names for entry in json.loads(name.read_text())]
+    _wait_for_all("every process knows all files")
+    paths.remove(names[jax.process_index()])
+    return sorted(every, key=lambda entry: int(entry["start"]))
+
+
+def _wait_for_all(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 def _share(reader: _Reader, like: TargetCache, start: int, stop: int) -> dict[str, np.ndarray]:
