@@ -9,7 +9,6 @@ def get_config() -> ConfigDict:
     """Two layers of MiniLM, short texts, a corrector over a cache that is never refreshed."""
     c = config.default()
     c.model.layers = 2
-    c.data.query_max_len = 24
     c.data.target_max_len = 32
     c.train.steps = 70
     c.train.batch_size = 32
