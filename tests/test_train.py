@@ -195,7 +195,7 @@ def test_asked_to_stop_again_and_again_it_ends_as_if_nothing_had_happened(folder
 def test_steps_that_are_not_finite_are_skipped_kept_and_in_the_end_refused(folder, capsys):
     changes = {
         "train__learning_rate": 1e30, "train__clip": 0.0, "eval__bm25": False,
-        "train__schedule": "constant", "train__warmup": 0,
+        "train__schedule": "constant", "train__warmup": 0, "checkpoint__every": 2,
     }  # fmt: skip
     config = tiny.config(folder, train__max_skipped=2, **changes)
     with pytest.raises(UserError, match=r"not finite at 3 steps.*max_skipped=2.*learning_rate"):
@@ -207,14 +207,10 @@ def test_steps_that_are_not_finite_are_skipped_kept_and_in_the_end_refused(folde
     batch = make_batch(job, record["step"] - 1)
     assert record["positives"] == [job.data.target_ids[row] for row in batch.positive]
     assert "was skipped" in capsys.readouterr().out
-    # More may be allowed when it is resumed; the parameters are finite all along.
-    more = tiny.config(folder, train__max_skipped=20, **changes)
-    run(more, folder / "overflow")
-    state, _, position = saved(more, folder / "overflow")
-    assert len(position.skipped) > 3
-    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state))
-    measured = [row["train/skipped"] for row in rows(folder / "overflow") if "train/loss" in row]
-    assert sum(measured) == len(position.skipped) or sum(measured) < 8
+    with Checkpoints.readable(folder / "overflow") as checkpoints:
+        position, _ = checkpoints.read(checkpoints.steps()[-1])
+    assert len(position.skipped) == 1  # of the two steps saved so far the second
+    assert sum(row["train/skipped"] for row in rows(folder / "overflow") if "train/loss" in row)
 
 
 def test_fewer_devices_and_a_smaller_cache_go_on_with_the_run(folder):
