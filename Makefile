@@ -36,7 +36,7 @@ test: setup ## Lint, format, types, import layers and the fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses=2 --dist=loadfile
 
 # A Python of its own, in an environment of its own: make test-3.12
 test-3.%: ## The same as test with another Python, for example make test-3.12

@@ -43,6 +43,7 @@ EXTRAS = {
         "import-linter>=2.16",
         "mypy>=2.4",
         "pytest>=9.2",
+        "pytest-xdist>=3.8",
         "ruff>=0.17",
     ],
 }

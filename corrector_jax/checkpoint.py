@@ -11,6 +11,7 @@ step that is listed is whole.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import hashlib
@@ -18,7 +19,6 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -44,7 +44,7 @@ class Position:
       train_seconds: of those, in the training steps.
       metrics: bytes of metrics.jsonl; what is beyond them belongs to steps that are lost.
       log: the row of metrics.jsonl that is not full yet, as `writer.StepLog` keeps it.
-      evaluated: the last step after which dev was evaluated: a run stopped before an evaluation
+      dev: step -> mrr@10 of the evaluations during training: a run that is stopped before one
         that is due makes it when it goes on.
       skipped: the steps whose loss or gradients were not finite, which changed nothing.
       data: fingerprint of the targets, queries and judgements trained on.
@@ -57,7 +57,7 @@ class Position:
     train_seconds: float = 0.0
     metrics: int = 0
     log: dict[str, Any] = dataclasses.field(default_factory=dict)
-    evaluated: int = 0
+    dev: dict[str, float] = dataclasses.field(default_factory=dict)
     skipped: list[int] = dataclasses.field(default_factory=list)
     data: str = ""
     cache: dict[str, Any] | None = None
@@ -68,29 +68,48 @@ class Position:
     )
 
 
+class _Best(preservation_policy.PreservationPolicy):
+    """Keeps the checkpoint with the largest metric, which may be known only after it was saved."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[int, float] = {}
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        known = [step for step in steps if step in self.metrics]
+        best = max(known, key=lambda step: self.metrics[step], default=None)
+        return [step == best for step in steps]
+
+
 class Checkpoints:
     """The checkpoints of one workdir; saving is asynchronous and atomic."""
 
-    def __init__(self, workdir: AnyPath, policy: preservation_policy.PreservationPolicy | None):
+    def __init__(
+        self,
+        workdir: AnyPath,
+        policy: preservation_policy.PreservationPolicy | None,
+        best: _Best | None = None,
+    ) -> None:
         """Opens the folder; use `writable` or `readable`."""
-        self._workdir = workdir
+        self._workdir, self._best = workdir, best or _Best()
         self._folder = workdir / "checkpoints"
         self._caches = workdir / "cache"
         self._snapshots: dict[int, int | None] = {}
-        with _quiet():
-            options = ocp.CheckpointManagerOptions(
-                read_only=policy is None,
-                create=False,
-                preservation_policy=policy,
-                cleanup_tmp_directories=policy is not None,
-            )
-            handlers = {
-                "state": ocp.StandardCheckpointHandler(),
-                "position": ocp.JsonCheckpointHandler(),
-            }
-            self._manager = ocp.CheckpointManager(
-                str(self._folder), options=options, item_handlers=handlers
-            )
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(_quiet())
+        options = ocp.CheckpointManagerOptions(
+            read_only=policy is None,
+            create=False,
+            preservation_policy=policy,
+            cleanup_tmp_directories=policy is not None,
+        )
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(),
+            "position": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(
+            str(self._folder), options=options, item_handlers=handlers
+        )
 
     @classmethod
     def writable(
@@ -102,7 +121,7 @@ class Checkpoints:
           workdir: the run's folder: local or gs://.
           keep: how many checkpoints to keep, newest first.
           keep_every: keep also those of every so many steps; 0 = none of them.
-          keep_best: keep also the one that was saved with the largest metric.
+          keep_best: keep also the one with the largest metric in `Position.dev`.
 
         Raises:
           UserError: the folder cannot be written.
@@ -119,17 +138,13 @@ class Checkpoints:
                 f"--workdir={workdir} cannot be written ({error.strerror or error}): name a folder "
                 "that can"
             ) from error
-        policies = [preservation_policy.LatestN(keep)]
+        policies: list[preservation_policy.PreservationPolicy] = [preservation_policy.LatestN(keep)]
         if keep_every:
             policies.append(preservation_policy.EveryNSteps(keep_every))
+        best = _Best()
         if keep_best:
-            best = preservation_policy.BestN(
-                get_metric_fn=lambda metrics: metrics["metric"],
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            )
             policies.append(best)
-        return cls(workdir, preservation_policy.AnyPreservationPolicy(policies))
+        return cls(workdir, preservation_policy.AnyPreservationPolicy(policies), best)
 
     @classmethod
     def readable(cls, workdir: AnyPath) -> Checkpoints:
@@ -146,13 +161,12 @@ class Checkpoints:
         """The steps that were saved whole, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: PyTree, position: Position, *, metric: float | None = None) -> None:
+    def save(self, state: PyTree, position: Position) -> None:
         """Starts saving; returns once the arrays are copied, so that they may be donated.
 
         Args:
           state: the training state.
           position: everything else that resuming needs; its step names the checkpoint.
-          metric: of this very state, larger is better; None = not evaluated.
 
         Raises:
           UserError: the disk is full, or the workdir cannot be written any more.
@@ -161,7 +175,8 @@ class Checkpoints:
             # Dropped while everything listed is whole: the step being written is listed too.
             self._manager.wait_until_finished()
             self._require_space(state)
-            self._drop_unused_snapshots()
+            self._drop_unused_snapshots(position)
+            self._best.metrics = {int(step): metric for step, metric in position.dev.items()}
             content = {
                 "format": FORMAT,
                 "position": dataclasses.asdict(position),
@@ -173,7 +188,6 @@ class Checkpoints:
                     state=ocp.args.StandardSave(state),
                     position=ocp.args.JsonSave({**content, "sha256": _sha256(content)}),
                 ),
-                metrics=None if metric is None else {"metric": metric},
             )
         self._snapshots[position.step] = position.cache["step"] if position.cache else None
 
@@ -252,9 +266,12 @@ class Checkpoints:
           UserError: the checkpoint is of another run, version or data, or none is good.
         """
         problems: dict[int, str] = {}
+        if step is not None and step not in self.steps():
+            there = ", ".join(map(str, self.steps())) or "none"
+            raise UserError(f"{self._folder} has no checkpoint of step {step}: there is {there}")
         for candidate in [step] if step is not None else self.steps()[::-1]:
             try:
-                found = self._resume(state, cache, step=candidate, data=data, made_by=made_by)
+                found = self._resume_twice(state, cache, candidate, data=data, made_by=made_by)
             except DamagedError as error:
                 problems[candidate] = str(error)
                 say(f"WARNING: the checkpoint of step {candidate:,} is damaged: {error}")
@@ -327,7 +344,29 @@ class Checkpoints:
             if kind is None:  # what is already on its way says more
                 raise
         finally:
-            self._manager.close()
+            self.close()
+
+    def close(self) -> None:
+        """Lets go of the folder."""
+        self._manager.close()
+        # Reads that were given up complain when they are collected: now, and unheard.
+        gc.collect()
+        self._quiet.close()
+
+    def _resume_twice(
+        self,
+        state: PyTree,
+        cache: TargetCache | None,
+        step: int,
+        *,
+        data: str,
+        made_by: dict[str, Any],
+    ) -> tuple[PyTree, TargetCache | None, Position]:
+        """A store or a disk that fails once is no damage: what fails twice is."""
+        try:
+            return self._resume(state, cache, step=step, data=data, made_by=made_by)
+        except DamagedError:
+            return self._resume(state, cache, step=step, data=data, made_by=made_by)
 
     def _resume(
         self,
@@ -359,21 +398,17 @@ class Checkpoints:
         return restored, cache, position
 
     def _restore(self, step: int, args: ocp.args.Composite) -> Any:
-        with _quiet():
-            try:
-                return self._manager.restore(step, args=args)
-            except Exception as error:  # Orbax and TensorStore raise nothing more precise
-                problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            # Reads that failed beside it complain when they are collected: now, and unheard.
-            gc.collect()
+        try:
+            return self._manager.restore(step, args=args)
+        except Exception as error:  # Orbax and TensorStore raise nothing more precise
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise DamagedError(f"{self._folder / str(step)} cannot be read ({problem})")
 
     def _restore_here(self, step: int) -> PyTree:
         """The state on one device, whatever it was saved on and without knowing its make."""
         here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         try:
-            with _quiet():
-                described = self._manager.item_metadata(step)["state"]
+            described = self._manager.item_metadata(step)["state"]
             wanted = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), described
             )
@@ -425,7 +460,7 @@ class Checkpoints:
                 None, f"{needed / 1e9:.2f} GB are to be saved and {free / 1e9:.2f} GB are free"
             )
 
-    @contextmanager
+    @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """Whatever goes wrong while saving, in one sentence that says what is still there."""
         try:
@@ -449,8 +484,11 @@ class Checkpoints:
         except OSError:
             return []
 
-    def _drop_unused_snapshots(self) -> None:
-        """Removes snapshots that no kept checkpoint refers to; the newest always stays."""
+    def _drop_unused_snapshots(self, position: Position) -> None:
+        """Removes snapshots that neither a kept checkpoint nor `position` refers to.
+
+        The newest always stays: a refresh may have made it for the next checkpoint.
+        """
         if not self._caches.is_dir():
             return
         there = {int(path.name) for path in self._caches.iterdir() if path.name.isdigit()}
@@ -461,13 +499,17 @@ class Checkpoints:
                 except DamagedError:
                     return  # it may need any of them
         needed = {self._snapshots[step] for step in self.steps()}
+        needed.add(position.cache["step"] if position.cache else None)
         for step in there - needed - {max(there, default=0)}:
             paths.remove(self._caches / str(step))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps back what Orbax logs: pages around an error that is said in a sentence."""
+    """Keeps back what Orbax logs: pages around an error that is said in a sentence.
+
+    Its threads and loops outlive the call that failed, so this lasts as long as `Checkpoints` do.
+    """
     loggers = [logging.getLogger(name) for name in ("asyncio", "absl")]
     levels = [logger.level for logger in loggers]
     hook = sys.unraisablehook

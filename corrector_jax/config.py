@@ -221,6 +221,12 @@ def validate(config: ConfigDict) -> None:
             f"config.eval.corpus is 'corrected' but strategy {config.strategy!r} has no cache to "
             "rank: write 'full' or 'sample'"
         )
+    saves, evaluates = config.checkpoint.every, config.eval.every
+    if config.checkpoint.keep_best and (not evaluates or saves % evaluates):
+        raise UserError(
+            "config.checkpoint.keep_best needs an evaluation at every save, but config.eval.every "
+            f"is {evaluates} and config.checkpoint.every {saves}: write one that divides the other"
+        )
     if config.strategy == "in_batch" and config.train.batch_size < 2:
         raise UserError(
             "config.train.batch_size is 1 but the negatives of 'in_batch' are the other queries' "
@@ -290,11 +296,18 @@ def from_json(text: str) -> ConfigDict:
     """The configuration that `to_json` wrote; keys that are new since keep their default."""
     config = default()
     known = dict(flat(config))
-    for key, value in flat(json.loads(text)):
+    try:
+        keys = list(flat(json.loads(text)))
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"config.json is not what a run wrote ({error}): put it back") from error
+    for key, value in keys:
         if key not in known:
             raise UserError(f"config.json has the key {key!r}, which this version does not know")
         *sections, name = key.split(".")
-        (get(config, ".".join(sections)) if sections else config)[name] = value
+        try:
+            (get(config, ".".join(sections)) if sections else config)[name] = value
+        except TypeError as error:
+            raise UserError(f"config.json: {key} is {value!r}: put it back") from error
     return config
 
 

@@ -302,12 +302,13 @@ def saved_config(workdir: AnyPath) -> ConfigDict:
     return configs.from_json(saved.read_text())
 
 
-def references(job: Job, workdir: AnyPath) -> int:
+def references(job: Job, workdir: AnyPath, also: Sequence[Consumer] = ()) -> int:
     """What the final split's result stands beside: BM25, and the encoder with all its layers.
 
     Args:
       job: the job.
       workdir: where `eval/bm25.json` and `eval/pretrained.json` go, as far as they are asked for.
+      also: other users of the pass.
 
     Returns:
       Targets encoded.
@@ -324,7 +325,7 @@ def references(job: Job, workdir: AnyPath) -> int:
     if job.config.eval.full_encoder:
         embedder, params = full_encoder(job)
         result = evaluate(
-            job, params, step=0, splits=[split], embedder=embedder, label="all layers"
+            job, params, step=0, splits=[split], embedder=embedder, also=also, label="all layers"
         )
         write(job, workdir, "pretrained", result.records[split], result.rankings[split])
         encoded = result.encoded

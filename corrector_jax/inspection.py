@@ -9,6 +9,7 @@ from corrector_jax.checkpoint import Checkpoints
 from corrector_jax.evaluate import saved_config
 from corrector_jax.paths import AnyPath
 from corrector_jax.snapshot import DamagedError
+from corrector_jax.types import UserError
 from corrector_jax.writer import say
 
 
@@ -22,7 +23,7 @@ def inspect_run(workdir: AnyPath) -> bool:
       Whether everything is what was saved.
 
     Raises:
-      UserError: it is no run, or of another version.
+      UserError: it is no run.
     """
     config = saved_config(workdir)
     say(f"{workdir}: strategy {config.strategy}, {config.train.steps:,} steps asked for")
@@ -35,7 +36,7 @@ def inspect_run(workdir: AnyPath) -> bool:
             try:
                 position, _ = checkpoints.read(step)
                 parts = list(checkpoints.check(step))
-            except DamagedError as error:
+            except (DamagedError, UserError) as error:
                 good = False
                 say(f"checkpoint {step:>8,}  DAMAGED: {error}")
                 continue
@@ -49,8 +50,8 @@ def inspect_run(workdir: AnyPath) -> bool:
     for folder in _numbered(workdir / "cache"):
         try:
             manifest = snapshot.read_manifest(folder)
-        except DamagedError as error:
-            say(f"cache {folder.name:>13}  not whole, and not referred to: {error}")
+        except (DamagedError, UserError) as error:
+            say(f"cache {folder.name:>13}  not whole: {error}")
             continue
         age = "" if newest is None else f", {newest.step - manifest['step']:,} steps old"
         size = sum(entry["bytes"] for entry in manifest["files"])

@@ -537,18 +537,13 @@ def _token_table(
 def _probe(
     config: ConfigDict, queries: np.ndarray, size: int, place: Placement
 ) -> tuple[Array, Array]:
-    """A fixed sample of queries and targets, of counts that the devices share evenly."""
+    """A fixed sample of queries and targets, the same on any mesh: the gate hangs on it."""
     chosen = np.random.default_rng([config.seed, 2])
-    counts = []
-    for wanted, there in (
-        (config.corrector.probe_queries, len(queries)),
-        (config.corrector.probe_targets, size),
-    ):
-        count = min(wanted, there) // place.num_devices * place.num_devices
-        counts.append(count or min(wanted, there))
-    rows = chosen.choice(len(queries), counts[0], replace=False)
-    ids = chosen.choice(size, counts[1], replace=False).astype(np.int32)
-    return place.put_everywhere(queries[rows]), place.put_everywhere(np.sort(ids))
+    rows = chosen.choice(
+        len(queries), min(config.corrector.probe_queries, len(queries)), replace=False
+    )
+    ids = chosen.choice(size, min(config.corrector.probe_targets, size), replace=False)
+    return place.put_everywhere(queries[rows]), place.put_everywhere(np.sort(ids).astype(np.int32))
 
 
 def _width(lengths: np.ndarray, limit: int) -> int:

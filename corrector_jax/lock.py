@@ -84,7 +84,7 @@ class Lock:
         Raises:
           UserError: another job took the workdir over, or it is gone.
         """
-        if self._read().get("token") != self._token:
+        if self._read_patiently().get("token") != self._token:
             raise UserError(
                 f"{self._path} is no longer this job's: another job took --workdir="
                 f"{self._workdir} over, or it was removed; stop one of the two"
@@ -99,20 +99,20 @@ class Lock:
         self._write(0)
 
     def _take_on_store(self) -> None:
-        before = self._read()
+        before = self._read_patiently()
         if before:
             self._say(f"{self._path} is there: waiting to see whether its job is alive")
         waited = 0.0
         while before and waited < 3 * self._beat:
             time.sleep(self._beat / 4)
             waited += self._beat / 4
-            now = self._read()
+            now = self._read_patiently()
             if now and now != before:
                 self._refuse(now)
             before = now
         self._write(0)
         time.sleep(self._beat / 4)  # of two that found it free at once, the last to write has it
-        found = self._read()
+        found = self._read_patiently()
         if found.get("token") != self._token:
             self._refuse(found)
         self._thread = threading.Thread(target=self._keep, name="workdir lock", daemon=True)
@@ -126,8 +126,8 @@ class Lock:
                 if self._read().get("token") != self._token:
                     return  # `verify` says so before the next save
                 self._write(beats)
-            except OSError:
-                continue  # a store that cannot be reached for a moment
+            except Exception:  # gcsfs has its own: a store that cannot be reached for a moment
+                continue
 
     def _write(self, beats: int) -> None:
         record = {
@@ -139,11 +139,23 @@ class Lock:
         self._path.write_text(json.dumps(record) + "\n")
 
     def _read(self) -> dict[str, object]:
+        """What the lock's file holds; nothing where there is none."""
         try:
             record = json.loads(self._path.read_text())
-        except (OSError, ValueError):
+        except FileNotFoundError:
             return {}
+        except ValueError:
+            return {"host": "another machine"}  # half written: somebody is there
         return record if isinstance(record, dict) else {}
+
+    def _read_patiently(self) -> dict[str, object]:
+        """The same from a store that may fail for a moment: that is no news of the lock."""
+        for _ in range(3):
+            try:
+                return self._read()
+            except Exception:  # of any kind, see `_keep`
+                time.sleep(self._beat / 4)
+        return self._read()
 
     def _refuse(self, holder: dict[str, object]) -> None:
         who = f"process {holder.get('pid', '?')} on {holder.get('host', 'another machine')}"

@@ -6,6 +6,7 @@ The first SIGTERM, SIGINT (Ctrl-C) or notice lets the step that runs end, saves 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -89,18 +90,20 @@ class Preemption:
         self._start(lambda: self._read_signals(read_end))
 
     def _read_signals(self, read_end: int) -> None:
+        signals = 0
         with os.fdopen(read_end, "rb", buffering=0) as pipe:
             while number := pipe.read(1):
                 if number[0] not in _SIGNALS:
                     continue
-                if self.reason:
+                signals += 1  # a notice is none: the signal that follows it is the first
+                if signals > 1:
                     os._exit(128 + number[0])
                 self._ask(signal.Signals(number[0]).name)
 
     def _watch_notices(self) -> None:
         while True:
             for name, awaited in _NOTICES:
-                if self._notice(name) == awaited and not self.reason:
+                if self._notice(name) == awaited:
                     self._ask(f"a notice of Google Cloud ({name} {awaited})")
             if self._stop.wait(POLL_SECONDS):
                 return
@@ -117,11 +120,14 @@ class Preemption:
             return ""  # not on Google Cloud, or the server is busy: ask again
 
     def _ask(self, reason: str) -> None:
-        self._say(
-            f"asked to stop by {reason}: saving at the end of this step (a second signal exits at "
-            "once, without saving)"
-        )
+        if self.reason:
+            return
         self.reason = reason
+        with contextlib.suppress(OSError, ValueError):  # Ctrl-C ends `| tee log` too
+            self._say(
+                f"asked to stop by {reason}: saving as soon as this step ends (a second signal "
+                "exits at once, without saving)"
+            )
 
     def _start(self, target: Callable[[], None]) -> None:
         thread = threading.Thread(target=target, name="preemption", daemon=True)

@@ -181,7 +181,10 @@ def _check_files(path: AnyPath, manifest: dict[str, Any]) -> None:
     try:
         stops = [0, *(entry["stop"] for entry in manifest["files"])]
         starts = [*(entry["start"] for entry in manifest["files"]), manifest["size"]]
-        plain = all(entry["file"] == PurePath(entry["file"]).name for entry in manifest["files"])
+        plain = all(
+            entry["file"] == PurePath(entry["file"]).name and {"bytes", "sha256"} <= entry.keys()
+            for entry in manifest["files"]
+        )
         whole = starts == stops and {"step", "dim", "dtype", "made_by"} <= manifest.keys()
     except (KeyError, TypeError) as error:
         raise DamagedError(f"{path} lacks {error}") from error

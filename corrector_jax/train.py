@@ -110,7 +110,13 @@ def train(config: ConfigDict, workdir: AnyPath, *, started: float) -> AnyPath:
         resumes = bool(checkpoints.steps())
         if resumes:
             configs.refuse_other_run(config, saved_config(workdir), str(workdir))
+        elif (workdir / "results.json").exists():
+            raise UserError(
+                f"{workdir} holds the results of a run but none of its checkpoints: put "
+                "checkpoints/ back, or name another --workdir"
+            )
         job = make_job(config)
+        preemption.check()
         state = job.init_state()
         cache = job.empty_cache() if job.uses_cache else None
         position = Position(data=job.fingerprint)
@@ -178,6 +184,7 @@ def loop(
                 state, cache = between(run, state, cache)
             except PreemptedError:
                 save(run, state)
+                run.checkpoints.wait()  # what goes wrong here is worse news than being stopped
                 raise
             if step == config.train.steps:
                 return state, cache
@@ -229,27 +236,19 @@ def between(
     """
     config, position, step = run.job.config, run.position, run.position.step
     run.preemption.check()
-    ends, metric = step == config.train.steps, None
-    every = config.eval.every
-    if every and step and step % every == 0 and not ends and position.evaluated < step:
-        metric = during(run, state, cache)
-        position.evaluated = step
+    ends, every = step == config.train.steps, config.eval.every
+    if every and step and step % every == 0 and not ends and str(step) not in position.dev:
+        position.dev[str(step)] = during(run, state, cache)
     if step and (ends or step % config.checkpoint.every == 0):
-        save(run, state, metric)
+        save(run, state)
     refresh = configs.chosen(config)["refresh"]
     if cache is None or ends or not is_due(step, policy=refresh, every=config.refresh.every):
         return state, cache
     return refresh_cache(run, state, cache)
 
 
-def save(run: Run, state: TrainState, metric: float | None = None) -> None:
-    """Starts saving a checkpoint; one that is there already is left as it is.
-
-    Args:
-      run: the run.
-      state: of its step.
-      metric: of this very state, where it was evaluated.
-    """
+def save(run: Run, state: TrainState) -> None:
+    """Starts saving a checkpoint; one that is there already is left as it is."""
     if run.position.step in run.checkpoints.steps():
         return
     run.lock.verify()
@@ -257,7 +256,7 @@ def save(run: Run, state: TrainState, metric: float | None = None) -> None:
     run.position.log = run.log.state()
     run.position.seconds = time.monotonic() - run.started
     run.position.metrics = run.writer.sync()
-    run.checkpoints.save(state, run.position, metric=metric)
+    run.checkpoints.save(state, run.position)
 
 
 def skipped(job: Job, workdir: AnyPath, position: Position, step: int) -> None:
@@ -359,7 +358,8 @@ def before(run: Run, state: TrainState, cache: TargetCache | None) -> TargetCach
     """
     job, position = run.job, run.position
     paths.remove(run.workdir / "eval")  # of a run that never got to step 0
-    position.ledger["evaluation"] += references(job, run.workdir)
+    position.ledger["evaluation"] += references(job, run.workdir, also=[run])
+    run.preemption.check()
     fill: list[Consumer] = [run]
     corpus, psi = "full", None
     if cache is not None and job.config.cache.path:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from corrector_jax import paths
 from corrector_jax.metrics import Mean, means
 from corrector_jax.paths import AnyPath
+from corrector_jax.preemption import PreemptedError
 from corrector_jax.types import UserError
 
 
@@ -64,11 +65,9 @@ class Writer:
             (self._local / "metrics.jsonl").write_bytes(path.read_bytes()[:size])
         self._file = (self._local / "metrics.jsonl").open("ab")
         self._file.truncate(size)
-        self._events = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._events = SummaryWriter(str(self._local), purge_step=step + 1 if step else None)
+        self._events = (
+            _Events(self._local, purge=step + 1 if step else None) if tensorboard else None
+        )
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Writes one row.
@@ -83,9 +82,7 @@ class Writer:
         self._file.write(json.dumps(row).encode() + b"\n")
         self._file.flush()
         if self._events is not None:
-            for name, value in values.items():
-                # TensorBoard allows no "@" in a name.
-                self._events.add_scalar(name.replace("@", "_at_"), value, step)
+            self._events.scalars(step, values)
 
     def sync(self) -> int:
         """Makes sure that what was written survives this machine.
@@ -107,15 +104,53 @@ class Writer:
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        if self._events is not None:
-            self._events.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        """Closes the files; after an error the workdir may be another job's, and gets no copy."""
         try:
-            self.sync()
+            if kind is None or issubclass(kind, PreemptedError):
+                self.sync()
         finally:
+            if self._events is not None:
+                self._events.close()
             self._file.close()
             if self._scratch is not None:
                 self._scratch.cleanup()
+
+
+class _Events:
+    """A TensorBoard events file, written by the caller's thread.
+
+    tensorboardX's SummaryWriter has a thread of its own, which dies when the disk is full; the run
+    would wait for it for ever.
+    """
+
+    def __init__(self, folder: Path, *, purge: int | None) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._writer = EventsWriter(str(folder / "events"))
+        if purge is not None:  # TensorBoard hides what an earlier part wrote from this step on
+            start = SessionLog(status=SessionLog.START)
+            self._writer.write_event(Event(step=purge, wall_time=time.time(), session_log=start))
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        # TensorBoard allows no "@" in a name.
+        of = [
+            Summary.Value(tag=name.replace("@", "_at_"), simple_value=value)
+            for name, value in values.items()
+        ]
+        event = Event(step=step, wall_time=time.time(), summary=Summary(value=of))
+        self._writer.write_event(event)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk: said already
+            self._writer.close()
 
 
 class StepLog:
@@ -216,7 +251,7 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-@contextmanager
+@contextlib.contextmanager
 def progress(label: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[..., None]]:
     """Shows how far long work is, its rate and the time left.
 

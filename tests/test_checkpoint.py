@@ -53,8 +53,8 @@ def save(workdir, steps, *, cached=False, metrics=None, **keep) -> None:
             position = Position(step=step, data="data", metrics=10 * step)
             if cached:
                 position.cache = checkpoints.save_cache(a_cache(step), step=step, made_by=MADE_BY)
-            metric = None if metrics is None else metrics[step]
-            checkpoints.save(state(step), position, metric=metric)
+            position.dev = {str(k): v for k, v in (metrics or {}).items() if k <= step}
+            checkpoints.save(state(step), position)
 
 
 def resume(workdir, *, cached=False, data="data", wanted=None, set_aside=False, step=None):
@@ -242,6 +242,38 @@ def test_what_is_kept_and_the_snapshots_it_stands_on(tmp_path, keep, left):
     assert set(left) <= there <= {*left, 4, 5}  # what is dropped is dropped before the next save
     for step in left:
         assert resume(tmp_path, cached=True, step=step)[2].step == step
+
+
+def test_the_snapshot_a_new_checkpoint_refers_to_is_never_dropped(tmp_path):
+    """A crash may have left a newer snapshot than the one the run goes on with."""
+    with Checkpoints.writable(tmp_path, keep=1) as checkpoints:
+        first = checkpoints.save_cache(a_cache(0), step=0, made_by=MADE_BY)
+        checkpoints.save(state(0), Position(step=0, data="data", cache=first))
+        checkpoints.save_cache(a_cache(4), step=4, made_by=MADE_BY)  # of a run that crashed at 5
+        second = checkpoints.save_cache(a_cache(2), step=2, made_by=MADE_BY)
+        checkpoints.save(state(3), Position(step=3, data="data", cache=second))
+    assert resume(tmp_path, cached=True)[2].step == 3
+
+
+def test_a_read_that_fails_once_is_no_damage(tmp_path, monkeypatch):
+    save(tmp_path, [3, 6], cached=True)
+    plain, failed = module.snapshot.read_manifest, []
+
+    def flaky(folder, **more):
+        if not failed:
+            failed.append(folder)
+            raise module.DamagedError("the store was away")
+        return plain(folder, **more)
+
+    monkeypatch.setattr(module.snapshot, "read_manifest", flaky)
+    assert resume(tmp_path, cached=True, set_aside=True)[2].step == 6
+    assert failed
+
+
+def test_a_step_that_is_not_there_is_said(tmp_path):
+    save(tmp_path, [3, 6])
+    with pytest.raises(UserError, match="no checkpoint of step 99: there is 3, 6"):
+        resume(tmp_path, step=99)
 
 
 def test_reading_never_removes_what_another_policy_would_drop(tmp_path):

@@ -88,3 +88,21 @@ def test_on_a_store_a_job_that_was_taken_over_does_not_save(tmp_path):
         with pytest.raises(UserError, match="another job took"):
             lock.verify()
     assert (store(tmp_path) / "lock").exists()  # it is not this job's to remove
+
+
+def test_on_a_store_a_read_that_fails_once_is_no_news(tmp_path, monkeypatch):
+    plain = Lock._read
+
+    with Lock(store(tmp_path), beat=0.2) as lock:
+        fails = iter([True])
+
+        def flaky(self: Lock) -> dict[str, object]:
+            if next(fails, False):
+                raise RuntimeError("503")
+            return plain(self)
+
+        monkeypatch.setattr(Lock, "_read", flaky)
+        lock.verify()
+        fails = iter([True])
+        with pytest.raises(UserError, match="in use by process"):
+            Lock(store(tmp_path), beat=0.2, say=lambda line: None).__enter__()

@@ -118,6 +118,25 @@ def test_a_notice_that_the_machine_goes_away_is_heard(metadata, name, value):
             preemption.check()
 
 
+def test_the_signal_that_follows_a_notice_is_the_first(metadata):
+    with Preemption() as preemption:
+        metadata["preempted"] = "TRUE"
+        wait_for(lambda: preemption.reason)
+        os.kill(os.getpid(), signal.SIGTERM)  # a second one would end this very process
+        time.sleep(0.2)
+        with pytest.raises(PreemptedError):
+            preemption.check()
+
+
+def test_a_terminal_that_is_gone_makes_nobody_deaf():
+    def say(text: str) -> None:
+        raise BrokenPipeError
+
+    with Preemption(say=say) as preemption:
+        os.kill(os.getpid(), signal.SIGINT)
+        wait_for(lambda: preemption.reason)
+
+
 def test_a_live_migration_is_no_reason_to_stop(metadata):
     metadata["maintenance-event"] = "MIGRATE_ON_HOST_MAINTENANCE"
     with Preemption() as preemption:
