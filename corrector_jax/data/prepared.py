@@ -53,13 +53,14 @@ def prepare(
       UserError: a row is bad, or the disk is too small; what was written stays, and is used.
     """
     place = folder / _fingerprint(reader, target_template)[:32]
-    with writing(place):
-        if not (place / "manifest.json").exists():
-            needed = sum(path.stat().st_size for path in reader.files)
-            enough_disk(place, needed, "the texts")
-            with _shown("reading", reader.files) as advance:
-                rows = Rows(max_bad_rows, advance)
-                _build(reader, place, target_template, rows)
+    if not (place / "manifest.json").exists():
+        with writing(place):
+            if not (place / "manifest.json").exists():  # another process may have made it
+                needed = sum(path.stat().st_size for path in reader.files)
+                enough_disk(place, needed, "the texts")
+                with _shown("reading", reader.files) as advance:
+                    rows = Rows(max_bad_rows, advance)
+                    _build(reader, place, target_template, rows)
     data = _open(place, name)
     assert data.reading is not None
     refused = data.reading.refused
@@ -118,7 +119,7 @@ def enough_disk(place: Path, needed: int, what: str) -> None:
         )
 
 
-class _Index:
+class Index:
     """Row numbers by 64-bit key: sorted arrays, merged as they grow; 12 bytes a row."""
 
     def __init__(self) -> None:
@@ -161,7 +162,7 @@ class _Targets:
             name: Appender(place / name, state.get(name, (0, 0)))
             for name in ("target_ids", "target_texts", "target_keys")
         }
-        self._names, self._contents = _Index(), _Index()
+        self._names, self._contents = Index(), Index()
         rows.refused |= {where: Refused(*one) for where, one in state.get("refused", {}).items()}
         if self._whole:
             rows.total = state["rows"]
@@ -191,7 +192,7 @@ class _Targets:
         for count, target in enumerate(reader.targets(self._rows), 1):
             if count <= self._taken:
                 continue  # its shard is there
-            key = _key(target.id)
+            key = key_of(target.id)
             if key in shard:
                 self._refuse_twice(target.where, target.id)
             else:
@@ -210,7 +211,7 @@ class _Targets:
         Raises:
           UserError: nobody has its id, its text is empty, or its id had another text before.
         """
-        name = _key(judged.id)
+        name = key_of(judged.id)
         if judged.id and name not in self._new_names:
             row = self._names.find_one(name)
             if row >= 0:
@@ -220,7 +221,7 @@ class _Targets:
                 f"{judged.where}: target {judged.id!r} is not in the corpus: add it there."
             )
         text = self._render(judged.content)
-        content = _key(text)
+        content = key_of(text)
         if judged.id and name in self._new_names:
             row, held = self._new_names[name]
             if held != content:
@@ -274,7 +275,7 @@ class _Targets:
 
     def _write(self, targets: list[tuple[str, str]]) -> np.ndarray:
         """Appends (id, text) pairs; returns their keys, [n, 2] uint64."""
-        keys = np.array([(_key(name), _key(text)) for name, text in targets], np.uint64)
+        keys = np.array([(key_of(name), key_of(text)) for name, text in targets], np.uint64)
         keys = keys.reshape(-1, 2)
         self._tables["target_ids"].texts(name for name, _ in targets)
         self._tables["target_texts"].texts(text for _, text in targets)
@@ -350,7 +351,7 @@ def _read_split(found: Iterator[Query], targets: _Targets, rows: Rows) -> list[_
                 kind = "missing target" if judged.content is None else "malformed row"
                 rows.refuse(judged.where, error, kind)
                 bad.add(judged.where)
-        name = query.id or f"q{_key(query.text):016x}"
+        name = query.id or f"q{key_of(query.text):016x}"
         entry = held.setdefault(key, _Judgements(name, query.text, {}, array("i"), []))
         for judged, row in resolved:
             if judged.where not in bad:
@@ -453,5 +454,6 @@ def _shown(label: str, files: tuple[AnyPath, ...]) -> Iterator[Callable[[int], N
         yield count_bytes
 
 
-def _key(text: str) -> int:
+def key_of(text: str) -> int:
+    """64 bits that stand for an id or a text in an `Index`."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
