@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 from array import array
@@ -205,31 +206,41 @@ class _Targets:
                 shard = {}
         self._write_corpus(shard, count, whole=True)
 
-    def row(self, judged: Judged) -> int:
-        """The row of a judged target; one whose content stands in the judgement is added.
+    def rows(self, judgements: list[Judged]) -> list[int]:
+        """The rows of judged targets; those whose content stands in the judgement are added.
 
         Raises:
-          UserError: nobody has its id, its text is empty, or its id had another text before.
+          UserError: nobody has an id, a text is empty, or an id had another text before; then none
+            of them is added.
         """
+        texts = [self._text(judged) for judged in judgements]
+        here: dict[str, str] = {}
+        for judged, text in zip(judgements, texts, strict=True):
+            if judged.id and here.setdefault(judged.id, text) != text:
+                raise _another_text(judged)
+        return [self._row(*one) for one in zip(judgements, texts, strict=True)]
+
+    def _text(self, judged: Judged) -> str:
+        """The text of a judged target that the corpus does not hold; '' where it does."""
         name = key_of(judged.id)
-        if judged.id and name not in self._new_names:
-            row = self._names.find_one(name)
-            if row >= 0:
-                return row
+        if judged.id and name not in self._new_names and self._names.find_one(name) >= 0:
+            return ""
         if judged.content is None:
             raise UserError(
                 f"{judged.where}: target {judged.id!r} is not in the corpus: add it there."
             )
         text = self._render(judged.content)
-        content = key_of(text)
+        if judged.id and name in self._new_names and self._new_names[name][1] != key_of(text):
+            raise _another_text(judged)
+        return text
+
+    def _row(self, judged: Judged, text: str) -> int:
+        name = key_of(judged.id)
+        if not text:
+            return self._names.find_one(name)
         if judged.id and name in self._new_names:
-            row, held = self._new_names[name]
-            if held != content:
-                raise UserError(
-                    f"{judged.where}: the passage {judged.id!r} had another text above: give each "
-                    "text an id of its own."
-                )
-            return row
+            return self._new_names[name][0]
+        content = key_of(text)
         if not judged.id:
             row = self._contents.find_one(content)
             row = self._new_contents.get(content, -1) if row < 0 else row
@@ -344,21 +355,25 @@ def _read_split(found: Iterator[Query], targets: _Targets, rows: Rows) -> list[_
             continue
         resolved: list[tuple[Judged, int]] = []
         bad = set()
-        for judged in (*query.positives, *query.negatives):
+        judgements = (*query.positives, *query.negatives)
+        # Those of one line are taken or refused together.
+        for where, line in itertools.groupby(judgements, lambda judged: judged.where):
+            judged = list(line)
             try:
-                resolved.append((judged, targets.row(judged)))
+                resolved += zip(judged, targets.rows(judged), strict=True)
             except UserError as error:
-                kind = "missing target" if judged.content is None else "malformed row"
-                rows.refuse(judged.where, error, kind)
-                bad.add(judged.where)
+                missing = any(one.content is None for one in judged)
+                rows.refuse(where, error, "missing target" if missing else "malformed row")
+                bad.add(where)
+        if query.where in bad:
+            continue
         name = query.id or f"q{key_of(query.text):016x}"
         entry = held.setdefault(key, _Judgements(name, query.text, {}, array("i"), []))
-        for judged, row in resolved:
-            if judged.where not in bad:
-                if judged.grade > 0:
-                    entry.positives[row] = max(judged.grade, entry.positives.get(row, 0))
-                else:
-                    entry.negatives.append(row)
+        for one, row in resolved:
+            if one.grade > 0:
+                entry.positives[row] = max(one.grade, entry.positives.get(row, 0))
+            else:
+                entry.negatives.append(row)
         entry.answers.extend(query.answers)
     return list(held.values())
 
@@ -452,6 +467,13 @@ def _shown(label: str, files: tuple[AnyPath, ...]) -> Iterator[Callable[[int], N
                 advance((read >> 20) - before)
 
         yield count_bytes
+
+
+def _another_text(judged: Judged) -> UserError:
+    return UserError(
+        f"{judged.where}: the passage {judged.id!r} had another text above: give each text an id "
+        "of its own."
+    )
 
 
 def key_of(text: str) -> int:

@@ -226,7 +226,7 @@ BIENCODER = "nq/biencoder-nq-train.json.gz"
         (PSGS, "id\ttext", "id,text", "psgs_w100.tsv.gz:1: the header is missing"),
         (PSGS, "\n9\t", "\n9 ", "psgs_w100.tsv.gz:10: 2 column(s) instead of 3"),
         (PSGS, "\n9\t", "\n9\t\rx", "psgs_w100.tsv.gz:10: new-line character"),
-        (PSGS, f'"\t{TITLE}\n', f"\t{TITLE}\n", "psgs_w100.tsv.gz:3: 2 column(s) instead of 3"),
+        (PSGS, f'"\t{TITLE}\n', f"\t{TITLE}\n", "psgs_w100.tsv.gz:3: unexpected end of data"),
         (BIENCODER, '"question": "train1', '"question": 1, "x": "', "json.gz:"),
         (BIENCODER, '"passage_id"', '"passage"', "a passage has no passage_id"),
         (BIENCODER, '"answers": [', '"answers": ["', "the JSON breaks"),
