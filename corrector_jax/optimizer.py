@@ -37,7 +37,8 @@ def task_optimizer(
 
     Args:
       learning_rate: by update.
-      clip: largest global gradient norm; 0 = no clip.
+      clip: largest global gradient norm, of all but a learned "beta", whose gradient is in units
+        of its own (`dual_encoder.BETA_SPEED`) and would drown the weights'; 0 = no clip.
       weight_decay: AdamW's.
       accumulate: steps whose gradients are averaged into one update.
 
@@ -48,9 +49,12 @@ def task_optimizer(
     def decays(params: optax.Params) -> optax.Params:
         return jax.tree.map(lambda p: p.ndim > 1, params)
 
+    def clipped(params: optax.Params) -> optax.Params:
+        return {name: name != "beta" for name in params}
+
     tx = optax.adamw(learning_rate, weight_decay=weight_decay, mask=decays)
     if clip:
-        tx = optax.chain(optax.clip_by_global_norm(clip), tx)
+        tx = optax.chain(optax.masked(optax.clip_by_global_norm(clip), clipped), tx)
     if accumulate > 1:
         steps = optax.MultiSteps(tx, every_k_schedule=accumulate)
         return optax.GradientTransformation(steps.init, steps.update)

@@ -72,11 +72,16 @@ def embed_run(
     folder = paths.make(output) if output else workdir / "embeddings" / name
     encoder = describe(job, state.params, workdir, position)
     records: list[dict[str, Any] | None] = []
+    digests: list[str] = []
     for number, texts in enumerate(_shards(source, shard_rows)):
-        record = _done(folder, number, encoder, texts)
+        record = _done(folder, number, encoder, _digest(texts))
         if record is None and number % parts == part:
             record = _make(job, state.params, folder, number, encoder, texts)
+        digests.append(_digest(texts))
         records.append(record)
+    # Other parts went on meanwhile: whoever makes the last shard sees all of them here.
+    for number, record in enumerate(records):
+        records[number] = record or _done(folder, number, encoder, digests[number])
     missing = records.count(None)
     if missing:
         say(f"{missing} of {len(records)} shards are left to the other parts: {folder}")
@@ -126,14 +131,14 @@ def _shards(source: Iterable[tuple[str, str]], rows: int) -> Iterator[Texts]:
 
 
 def _done(
-    folder: AnyPath, number: int, encoder: dict[str, Any], texts: Texts
+    folder: AnyPath, number: int, encoder: dict[str, Any], digest: str
 ) -> dict[str, Any] | None:
     """The record of a shard that is there; None where it is still to be made."""
     path = folder / f"{number:05d}.json"
     if not path.exists():
         return None
     record: dict[str, Any] = json.loads(path.read_text())
-    if record["encoder"] != encoder or record["texts_sha256"] != _digest(texts):
+    if record["encoder"] != encoder or record["texts_sha256"] != digest:
         what = "encoder" if record["encoder"] != encoder else "corpus or another shard_rows"
         raise UserError(
             f"{folder} holds the embeddings of another {what}: name another folder with "

@@ -113,6 +113,18 @@ def test_the_clip_is_of_the_global_norm():
     assert np.abs(clipped[-1]["kernel"] - free[-1]["kernel"]).max() > 1e-3
 
 
+def test_a_learned_beta_neither_shrinks_the_weights_update_nor_is_clipped():
+    given = gradients(2)
+    with_beta = [
+        {**grads, "beta": jnp.float32(size)} for grads, size in zip(given, (1.0, 1e4), strict=True)
+    ]
+    params = {**PARAMS, "beta": jnp.float32(0.0)}
+    after = run(task(clip=1.0), with_beta, params)[-1]
+    beta = after.pop("beta")
+    close(after, run(task(clip=1.0), given)[-1], rtol=1e-6)
+    np.testing.assert_allclose(beta, run(task(), with_beta, params)[-1]["beta"], rtol=1e-6)
+
+
 def test_the_corrector_ramps_up_after_the_start_and_after_every_reset():
     tx = optimizer.corrector_optimizer(peak=1e-2, warmup=10)
     ones = jax.tree.map(jnp.ones_like, PARAMS)

@@ -129,6 +129,20 @@ def test_several_processes_share_the_work(run, wanted, tmp_path):
     np.testing.assert_allclose(found, wanted[1], atol=1e-5)
 
 
+def test_the_last_of_several_at_once_writes_the_manifest(run, wanted, tmp_path, monkeypatch):
+    original = vectors._make
+
+    def make(job, params, folder, number, *rest):
+        if number == 2:  # the first part looked for shard 1 before the other made it
+            embed(run, tmp_path, part=1, parts=2)
+            assert not (tmp_path / "manifest.json").exists()
+        return original(job, params, folder, number, *rest)
+
+    monkeypatch.setattr(vectors, "_make", make)
+    embed(run, tmp_path, part=0, parts=2)
+    assert read(tmp_path)[0] == list(wanted[0].data.target_ids)
+
+
 def test_other_embeddings_are_not_overwritten(run, tmp_path):
     embed(run, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}

@@ -96,6 +96,11 @@ class _Builder(tfds.core.ShardBasedBuilder):
 
         fetch(files, self.folder, download, verify=self.verify)
 
+    def note(self, files: Iterable[paths.AnyPath], skipped: int) -> None:
+        """Notes beside the records what they were made of; see `_refuse_another`."""
+        sizes = {str(path.relative_to(self.folder)): path.stat().st_size for path in files}
+        self.info.metadata.update(verify=self.verify, skipped=skipped, sizes=sizes)
+
     def _log_download_bytes(self) -> None:
         """Says nothing: sizes are not known to TFDS."""
 
@@ -113,6 +118,7 @@ class RetrievalCorpus(_Builder):
         return tfds.core.DatasetInfo(
             builder=self,
             features=tfds.features.FeaturesDict({"id": text, "title": text, "text": text}),
+            metadata=tfds.core.MetadataDict(),
             disable_shuffling=True,
         )
 
@@ -144,7 +150,9 @@ class RetrievalCorpus(_Builder):
     def _count(self, path: paths.AnyPath, read: Callable[[Rows], Iterator[Target]]) -> int:
         """How many passages there are: a bad row is found before anything is written."""
         with _reading(self.config_name, (path,), self.max_bad_rows) as rows:
-            return sum(1 for _ in read(rows))
+            total = sum(1 for _ in read(rows))
+        self.note([path], len(rows.refused))
+        return total
 
 
 class RetrievalQueries(_Builder):
@@ -196,6 +204,7 @@ class RetrievalQueries(_Builder):
             for split, path in answers.items():
                 found = [_example(one) for one in _answered(path, rows)]
                 splits[split] = _shards(found, len(found))
+        self.note([*files, *answers.values()], len(rows.refused))
         return splits
 
 
@@ -209,7 +218,8 @@ def prepare(name: str, root: Path, *, verify: bool = True, max_bad_rows: int = 0
       max_bad_rows: how many bad rows are skipped; one more is an error.
 
     Raises:
-      UserError: a file cannot be had or is malformed, or the disk is full.
+      UserError: a file cannot be had or is malformed, the disk is full, or what is there was made
+        with less care or of other files.
     """
     settings = tfds.download.DownloadConfig(try_download_gcs=False)
     with _alone(root):
@@ -222,11 +232,37 @@ def prepare(name: str, root: Path, *, verify: bool = True, max_bad_rows: int = 0
                 config=config,
                 file_format="array_record",
             )
-            if not builder.data_path.exists():
-                builder.download_and_prepare(
-                    download_dir=root / "downloads", download_config=settings
-                )
-                say(f"wrote {builder.data_path}")
+            if builder.data_path.exists():
+                _refuse_another(builder)
+                continue
+            builder.download_and_prepare(download_dir=root / "downloads", download_config=settings)
+            say(f"wrote {builder.data_path}")
+
+
+def _refuse_another(builder: _Builder) -> None:
+    """Refuses records that were made with less care than is asked for, or of other files.
+
+    Files that are not there any more say nothing.
+    """
+    made = builder.info.metadata or {}
+    skipped, sizes = made.get("skipped", 0), made.get("sizes", {})
+    changed = [
+        name
+        for name, size in sizes.items()
+        if (builder.folder / name).exists() and (builder.folder / name).stat().st_size != size
+    ]
+    if builder.verify and not made.get("verify", True):
+        what = "without config.data.verify"
+    elif skipped > builder.max_bad_rows:
+        what = f"without {skipped:,} bad row(s), of which {builder.max_bad_rows:,} may be skipped"
+    elif changed:
+        what = f"of another {changed[0]}"
+    else:
+        return
+    raise UserError(
+        f"{builder.data_path} was made {what}: remove that folder to have it made anew, or write "
+        "the settings it was made with."
+    )
 
 
 def disk_needed(name: str, root: Path) -> dict[str, int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 from array import array
@@ -53,13 +54,14 @@ def prepare(
       UserError: a row is bad, or the disk is too small; what was written stays, and is used.
     """
     place = folder / _fingerprint(reader, target_template)[:32]
-    with writing(place):
-        if not (place / "manifest.json").exists():
-            needed = sum(path.stat().st_size for path in reader.files)
-            enough_disk(place, needed, "the texts")
-            with _shown("reading", reader.files) as advance:
-                rows = Rows(max_bad_rows, advance)
-                _build(reader, place, target_template, rows)
+    if not (place / "manifest.json").exists():
+        with writing(place):
+            if not (place / "manifest.json").exists():  # another process may have made it
+                needed = sum(path.stat().st_size for path in reader.files)
+                enough_disk(place, needed, "the texts")
+                with _shown("reading", reader.files) as advance:
+                    rows = Rows(max_bad_rows, advance)
+                    _build(reader, place, target_template, rows)
     data = _open(place, name)
     assert data.reading is not None
     refused = data.reading.refused
@@ -118,7 +120,7 @@ def enough_disk(place: Path, needed: int, what: str) -> None:
         )
 
 
-class _Index:
+class Index:
     """Row numbers by 64-bit key: sorted arrays, merged as they grow; 12 bytes a row."""
 
     def __init__(self) -> None:
@@ -161,7 +163,7 @@ class _Targets:
             name: Appender(place / name, state.get(name, (0, 0)))
             for name in ("target_ids", "target_texts", "target_keys")
         }
-        self._names, self._contents = _Index(), _Index()
+        self._names, self._contents = Index(), Index()
         rows.refused |= {where: Refused(*one) for where, one in state.get("refused", {}).items()}
         if self._whole:
             rows.total = state["rows"]
@@ -191,7 +193,7 @@ class _Targets:
         for count, target in enumerate(reader.targets(self._rows), 1):
             if count <= self._taken:
                 continue  # its shard is there
-            key = _key(target.id)
+            key = key_of(target.id)
             if key in shard:
                 self._refuse_twice(target.where, target.id)
             else:
@@ -204,31 +206,41 @@ class _Targets:
                 shard = {}
         self._write_corpus(shard, count, whole=True)
 
-    def row(self, judged: Judged) -> int:
-        """The row of a judged target; one whose content stands in the judgement is added.
+    def rows(self, judgements: list[Judged]) -> list[int]:
+        """The rows of judged targets; those whose content stands in the judgement are added.
 
         Raises:
-          UserError: nobody has its id, its text is empty, or its id had another text before.
+          UserError: nobody has an id, a text is empty, or an id had another text before; then none
+            of them is added.
         """
-        name = _key(judged.id)
-        if judged.id and name not in self._new_names:
-            row = self._names.find_one(name)
-            if row >= 0:
-                return row
+        texts = [self._text(judged) for judged in judgements]
+        here: dict[str, str] = {}
+        for judged, text in zip(judgements, texts, strict=True):
+            if judged.id and here.setdefault(judged.id, text) != text:
+                raise _another_text(judged)
+        return [self._row(*one) for one in zip(judgements, texts, strict=True)]
+
+    def _text(self, judged: Judged) -> str:
+        """The text of a judged target that the corpus does not hold; '' where it does."""
+        name = key_of(judged.id)
+        if judged.id and name not in self._new_names and self._names.find_one(name) >= 0:
+            return ""
         if judged.content is None:
             raise UserError(
                 f"{judged.where}: target {judged.id!r} is not in the corpus: add it there."
             )
         text = self._render(judged.content)
-        content = _key(text)
+        if judged.id and name in self._new_names and self._new_names[name][1] != key_of(text):
+            raise _another_text(judged)
+        return text
+
+    def _row(self, judged: Judged, text: str) -> int:
+        name = key_of(judged.id)
+        if not text:
+            return self._names.find_one(name)
         if judged.id and name in self._new_names:
-            row, held = self._new_names[name]
-            if held != content:
-                raise UserError(
-                    f"{judged.where}: the passage {judged.id!r} had another text above: give each "
-                    "text an id of its own."
-                )
-            return row
+            return self._new_names[name][0]
+        content = key_of(text)
         if not judged.id:
             row = self._contents.find_one(content)
             row = self._new_contents.get(content, -1) if row < 0 else row
@@ -274,7 +286,7 @@ class _Targets:
 
     def _write(self, targets: list[tuple[str, str]]) -> np.ndarray:
         """Appends (id, text) pairs; returns their keys, [n, 2] uint64."""
-        keys = np.array([(_key(name), _key(text)) for name, text in targets], np.uint64)
+        keys = np.array([(key_of(name), key_of(text)) for name, text in targets], np.uint64)
         keys = keys.reshape(-1, 2)
         self._tables["target_ids"].texts(name for name, _ in targets)
         self._tables["target_texts"].texts(text for _, text in targets)
@@ -343,21 +355,25 @@ def _read_split(found: Iterator[Query], targets: _Targets, rows: Rows) -> list[_
             continue
         resolved: list[tuple[Judged, int]] = []
         bad = set()
-        for judged in (*query.positives, *query.negatives):
+        judgements = (*query.positives, *query.negatives)
+        # Those of one line are taken or refused together.
+        for where, line in itertools.groupby(judgements, lambda judged: judged.where):
+            judged = list(line)
             try:
-                resolved.append((judged, targets.row(judged)))
+                resolved += zip(judged, targets.rows(judged), strict=True)
             except UserError as error:
-                kind = "missing target" if judged.content is None else "malformed row"
-                rows.refuse(judged.where, error, kind)
-                bad.add(judged.where)
-        name = query.id or f"q{_key(query.text):016x}"
+                missing = any(one.content is None for one in judged)
+                rows.refuse(where, error, "missing target" if missing else "malformed row")
+                bad.add(where)
+        if query.where in bad:
+            continue
+        name = query.id or f"q{key_of(query.text):016x}"
         entry = held.setdefault(key, _Judgements(name, query.text, {}, array("i"), []))
-        for judged, row in resolved:
-            if judged.where not in bad:
-                if judged.grade > 0:
-                    entry.positives[row] = max(judged.grade, entry.positives.get(row, 0))
-                else:
-                    entry.negatives.append(row)
+        for one, row in resolved:
+            if one.grade > 0:
+                entry.positives[row] = max(one.grade, entry.positives.get(row, 0))
+            else:
+                entry.negatives.append(row)
         entry.answers.extend(query.answers)
     return list(held.values())
 
@@ -453,5 +469,13 @@ def _shown(label: str, files: tuple[AnyPath, ...]) -> Iterator[Callable[[int], N
         yield count_bytes
 
 
-def _key(text: str) -> int:
+def _another_text(judged: Judged) -> UserError:
+    return UserError(
+        f"{judged.where}: the passage {judged.id!r} had another text above: give each text an id "
+        "of its own."
+    )
+
+
+def key_of(text: str) -> int:
+    """64 bits that stand for an id or a text in an `Index`."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

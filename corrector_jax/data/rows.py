@@ -18,6 +18,7 @@ from typing import IO, Any, NamedTuple, Protocol, TypeVar
 from corrector_jax.data.dataset import SPLITS, Refused
 from corrector_jax.paths import AnyPath
 from corrector_jax.types import UserError
+from corrector_jax.writer import say
 
 MAX_ROW = 8 * 2**20
 """Bytes of the longest row: a longer one is a missing line break, and memory stays bounded."""
@@ -300,6 +301,11 @@ class Rows:
                     f"{path}:{number + 1}: not a whole parquet file ({_brief(error)}): fetch or "
                     "write it again."
                 ) from error
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{path}:{number + 1}: this row, or one of the 1,023 behind it, holds a text "
+                    "that is not UTF-8: write the file again."
+                ) from error
             self._advance(raw.tell())
 
 
@@ -478,6 +484,16 @@ def by_split(files: list[AnyPath]) -> dict[str, tuple[AnyPath, ...]]:
                 "of them."
             )
     return {split: tuple(found[split]) for split in SPLITS if split in found}
+
+
+def say_passed_over(files: list[AnyPath]) -> None:
+    """Says which files are not read, because their names speak of no split."""
+    if files:
+        names = ", ".join(file.name for file in files[:5]) + (", ..." if files[5:] else "")
+        say(
+            f"{files[0].parent}: passed over {names}: no name of a split is in it; put one of "
+            f"{', '.join(SPLITS)} there to have it read"
+        )
 
 
 @contextlib.contextmanager

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from corrector_jax import paths
 from corrector_jax.data import code_search, prepared
@@ -73,13 +76,39 @@ def targets(path: str, *, target_template: str) -> Iterator[tuple[str, str]]:
       target_template: how a target's text is made of its `{title}` and `{text}`.
 
     Raises:
-      UserError: it is not there, or a row is malformed; the message names file and line.
+      UserError: it is not there, holds no target, or a row is malformed, empty or there twice;
+        the message names file and line.
     """
     place, rows = _resolve(path), Rows()
     corpus = place if place.is_file() else find(place, "corpus.jsonl")
-    found = find_reader(place).targets(rows) if corpus is None else read_corpus(corpus, rows)
-    for target in found:
-        yield target.id, render_target(target_template, title=target.title, text=target.text)
+    fits = not place.is_file() and len(_layouts(place)) == 1
+    found = (
+        find_reader(place).targets(rows) if corpus is None or fits else read_corpus(corpus, rows)
+    )
+    seen, size = prepared.Index(), 0
+    while shard := list(itertools.islice(found, prepared.SHARD)):
+        keys = [prepared.key_of(target.id) for target in shard]
+        before = seen.find(np.array(keys, np.uint64)) >= 0
+        here: set[int] = set()
+        for target, key, held in zip(shard, keys, before.tolist(), strict=True):
+            if held or key in here:
+                raise UserError(
+                    f"{target.where}: the id {target.id!r} occurred before: write each id once."
+                )
+            here.add(key)
+            text = render_target(target_template, title=target.title, text=target.text)
+            if not text:
+                raise UserError(
+                    f"{target.where}: the target has no text: write one, or drop the row."
+                )
+            yield target.id, text
+        seen.add(np.array(keys, np.uint64), size)
+        size += len(shard)
+    if not size:
+        raise UserError(
+            f"{place} holds no corpus, only queries with their passages: put a corpus.jsonl beside "
+            "them, or name one."
+        )
 
 
 def find_reader(path: AnyPath, layout: str = "") -> Reader:
@@ -95,7 +124,7 @@ def find_reader(path: AnyPath, layout: str = "") -> Reader:
     if layout:
         reader: Reader = LAYOUTS[layout](path)
         return reader
-    found = [name for name, kind in LAYOUTS.items() if kind.found_in(path)]
+    found = _layouts(path)
     if not found:
         raise UserError(
             f"{path} is in none of the layouts {', '.join(LAYOUTS)}: write which one it should be "
@@ -126,6 +155,11 @@ def cache_folder(cache_dir: str) -> Path:
             "this machine."
         )
     return place if cache_dir else place / "corrector_jax"
+
+
+def _layouts(path: AnyPath) -> list[str]:
+    """The layouts that a source looks like."""
+    return [name for name, kind in LAYOUTS.items() if kind.found_in(path)]
 
 
 def _resolve(path: str) -> AnyPath:

@@ -80,14 +80,15 @@ def token_table(
         "target_max_len": max_len,
         "corpus": content_fingerprint,
     }
-    with writing(place):
-        if not (place / "manifest.json").exists():
-            changed = _changed(folder, made_of)
-            if changed:
-                say(f"{name} is tokenized anew: {changed}")
-            _write(place, texts, tokenizer, prefix=prefix, max_len=max_len)
-            (place / "progress.json").unlink()
-            paths.write(place / "manifest.json", json.dumps(made_of, indent=1))
+    if not (place / "manifest.json").exists():
+        with writing(place):
+            if not (place / "manifest.json").exists():  # another process may have made it
+                changed = _changed(folder, made_of)
+                if changed:
+                    say(f"{name} is tokenized anew: {changed}")
+                _write(place, texts, tokenizer, prefix=prefix, max_len=max_len)
+                paths.write(place / "manifest.json", json.dumps(made_of, indent=1))
+                (place / "progress.json").unlink(missing_ok=True)
     try:
         found = [np.load(place / name, mmap_mode="r") for name in ("ids.npy", "lengths.npy")]
     except ValueError as error:

@@ -129,7 +129,7 @@ def test_no_tensorflow_is_imported(root):
 
 def test_what_is_prepared_is_not_made_again(root):
     before = {path: path.stat().st_mtime_ns for path in root.glob("retrieval_*/*/*/*")}
-    builders.prepare("nq", root)  # verify would refuse to make it
+    builders.prepare("nq", root, verify=False)
     assert {path: path.stat().st_mtime_ns for path in root.glob("retrieval_*/*/*/*")} == before
 
 
@@ -226,7 +226,7 @@ BIENCODER = "nq/biencoder-nq-train.json.gz"
         (PSGS, "id\ttext", "id,text", "psgs_w100.tsv.gz:1: the header is missing"),
         (PSGS, "\n9\t", "\n9 ", "psgs_w100.tsv.gz:10: 2 column(s) instead of 3"),
         (PSGS, "\n9\t", "\n9\t\rx", "psgs_w100.tsv.gz:10: new-line character"),
-        (PSGS, f'"\t{TITLE}\n', f"\t{TITLE}\n", "psgs_w100.tsv.gz:3: 2 column(s) instead of 3"),
+        (PSGS, f'"\t{TITLE}\n', f"\t{TITLE}\n", "psgs_w100.tsv.gz:3: unexpected end of data"),
         (BIENCODER, '"question": "train1', '"question": 1, "x": "', "json.gz:"),
         (BIENCODER, '"passage_id"', '"passage"', "a passage has no passage_id"),
         (BIENCODER, '"answers": [', '"answers": ["', "the JSON breaks"),
@@ -273,6 +273,21 @@ def test_bad_rows_may_be_skipped(tmp_path):
     builders.prepare("nq", tmp_path, verify=False, max_bad_rows=1)
     found = [target.id for target in reader(tmp_path, "nq").targets(Rows())]
     assert found == [str(n) for n in range(1, published_files.PASSAGES + 1) if n != 9]
+    with pytest.raises(UserError, match=r"1\.0\.0 was made without 1 bad row.*remove that folder"):
+        builders.prepare("nq", tmp_path, verify=False)
+
+
+def test_records_made_with_less_care_or_of_other_files_are_not_taken(tmp_path):
+    published_files.write("nq", tmp_path)
+    builders.prepare("nq", tmp_path, verify=False)
+    corpus = tmp_path / "retrieval_corpus" / "wikipedia" / "1.0.0"
+    with pytest.raises(UserError, match=rf"{corpus} was made without config\.data\.verify"):
+        builders.prepare("nq", tmp_path)
+    change(tmp_path / "published" / BIENCODER, '"question": "train1', '"question": "another')
+    with pytest.raises(UserError, match=r"nq/1\.0\.0 was made of another biencoder-nq-train"):
+        builders.prepare("nq", tmp_path, verify=False)
+    (tmp_path / "published" / BIENCODER).unlink()  # to have its disk back
+    builders.prepare("nq", tmp_path, verify=False)
 
 
 def test_a_full_disk_is_said_and_leaves_nothing_half(tmp_path):

@@ -137,6 +137,13 @@ BAD_ROWS: list[tuple[str, str, Edit, str, str]] = [
         "psgs_w100.tsv:3",
         "2 column(s) instead of 3",
     ),
+    (
+        "dpr_with_corpus",
+        "psgs_w100.tsv",
+        line(3, 't1\t"Yes" is what she said\ttitle'),  # would lose its quotes
+        "psgs_w100.tsv:3",
+        "every quote inside of a column in quotes twice",
+    ),
 ]
 
 
@@ -432,3 +439,51 @@ def test_no_bytes_end_in_anything_but_a_user_error(tmp_path: Path, content: byte
         (tmp_path / name).write_bytes(prefix + content)
         with pytest.raises(UserError):
             sources.load(str(tmp_path / name), cache_dir=str(tmp_path / "cache"))
+
+
+def test_a_refused_row_leaves_nothing_of_itself(tmp_path: Path):
+    path = tmp_path / "train.jsonl"
+    one, two = {"docid": "a", "text": "a"}, {"docid": "b", "text": "b"}
+    for bad in (
+        {"query": "q", "pos": ["a"], "neg": ["b", " "]},
+        {"query_id": "1", "query": "q", "positive_passages": [one, two, {**two, "text": "c"}]},
+    ):
+        good = (
+            {"query": "r", "pos": ["c"]}
+            if "pos" in bad
+            else {"query_id": "2", "query": "r", "positive_passages": [{"docid": "c", "text": "c"}]}
+        )
+        path.write_text(f"{json.dumps(bad)}\n{json.dumps(good)}\n")
+        data = sources.load(str(path), cache_dir=str(tmp_path / "cache"), max_bad_rows=1)
+        assert list(data.target_texts) == ["c"]
+        assert list(data.splits["train"].texts) == ["r"]
+        assert data.reading is not None
+        assert data.reading.without_positives == {"train": 0}
+
+
+def test_a_corpus_of_rows_has_ids(tmp_path: Path):
+    (tmp_path / "train.jsonl").write_text('{"query": "q", "pos": ["p"]}\n')
+    (tmp_path / "corpus.jsonl").write_text('{"id": "", "text": "one"}\n')
+    with pytest.raises(UserError, match=r"corpus\.jsonl:1: the id '' is empty or has blanks"):
+        sources.load(str(tmp_path), cache_dir=str(tmp_path / "cache"))
+
+
+def test_parquet_that_is_no_utf8_is_one_sentence(tmp_path: Path):
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = pyarrow.array([b"q", b"\xff"]).view(pyarrow.string())
+    table = pyarrow.table({"anchor": texts, "positive": texts})
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(UserError) as caught:
+        sources.load(str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    one_sentence(caught.value, r"train\.parquet:1", "not UTF-8")
+
+
+def test_files_that_name_no_split_are_said(tmp_path: Path, capsys):
+    folder = written.ALL["flag_embedding"](tmp_path / "tiny")
+    load(folder)
+    assert "passed over" not in capsys.readouterr().out
+    (folder / "hard.jsonl").write_text((folder / "train.jsonl").read_text())
+    load(folder)
+    assert "passed over hard.jsonl: no name of a split" in capsys.readouterr().out

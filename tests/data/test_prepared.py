@@ -219,3 +219,14 @@ def test_a_damaged_cache_is_named(tmp_path: Path):
         file.truncate(100)
     with pytest.raises(UserError, match=r"target_texts\.data is damaged: remove the folder"):
         load(folder)
+
+
+def test_a_whole_cache_is_read_where_nothing_can_be_written(tmp_path: Path, monkeypatch):
+    folder = written.beir(tmp_path / "tiny")
+    first = load(folder)
+
+    def never(place: Path) -> None:
+        raise UserError("a disk that is only read")
+
+    monkeypatch.setattr(prepared, "writing", never)
+    assert load(folder).fingerprint() == first.fingerprint()

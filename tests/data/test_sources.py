@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from corrector_jax.data import code_search, sources
+from corrector_jax.data import code_search, prepared, sources
 from corrector_jax.data.dataset import RetrievalData, Split
 from corrector_jax.types import UserError
 from tests.data import written
@@ -74,3 +74,35 @@ def test_a_cut_keeps_hard_negatives_and_answers_with_their_queries(tmp_path: Pat
 def test_templates_that_cannot_work_are_refused(template: str):
     with pytest.raises(UserError, match=r"data\.target_template="):
         sources.load("", target_template=template)
+
+
+def targets(path: Path) -> list[tuple[str, str]]:
+    return list(sources.targets(str(path), target_template="{text}"))
+
+
+def test_targets_are_those_of_a_corpus_and_never_none(tmp_path: Path):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"query": "q", "pos": ["p"]}\n')
+    with pytest.raises(UserError, match=r"rows holds no corpus, only queries"):
+        targets(folder)
+    (folder / "corpus.jsonl").write_text('{"id": "a", "text": "one"}\n')  # not BEIR's _id
+    assert targets(folder) == [("a", "one")]
+
+
+def test_targets_are_not_empty_and_there_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    corpus = tmp_path / "corpus.jsonl"
+
+    def write(*pairs: tuple[str, str]) -> None:
+        corpus.write_text("".join(json.dumps({"_id": i, "text": t}) + "\n" for i, t in pairs))
+
+    write(("a", "one"), ("b", "two"), ("c", " "))
+    with pytest.raises(UserError, match=r"corpus\.jsonl:3: the target has no text"):
+        targets(tmp_path)
+    for shard in (2, 9):
+        monkeypatch.setattr(prepared, "SHARD", shard)
+        write(("a", "one"), ("b", "two"), ("a", "three"))
+        with pytest.raises(UserError, match=r"corpus\.jsonl:3: the id 'a' occurred before"):
+            targets(tmp_path)
+        write(("a", "one"), ("b", "two"), ("c", "one"))
+        assert targets(tmp_path) == [("a", "one"), ("b", "two"), ("c", "one")]

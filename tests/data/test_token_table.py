@@ -74,6 +74,35 @@ def test_a_table_is_used_again_and_what_changed_is_named(tmp_path, tokenizer, mo
     assert "anew: the tokenizer changed" in capsys.readouterr().out
 
 
+def test_a_whole_table_is_read_where_nothing_can_be_written(tmp_path, tokenizer, monkeypatch):
+    first = make(tmp_path, tokenizer)
+
+    def never(place: Path) -> None:
+        raise UserError("a disk that is only read")
+
+    monkeypatch.setattr(token_table, "writing", never)
+    np.testing.assert_array_equal(make(tmp_path, tokenizer).ids, first.ids)
+
+
+def test_a_table_killed_before_its_manifest_is_not_made_again(tmp_path, tokenizer, monkeypatch):
+    write = token_table.paths.write
+
+    def killed(path: Path, content: str) -> None:
+        if path.name == "manifest.json":
+            raise KeyboardInterrupt
+        write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(token_table.paths, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path, tokenizer)
+    (state,) = tmp_path.rglob("progress.json")
+    assert json.loads(state.read_text()) == {"done": len(TEXTS)}
+    table = make(tmp_path, tokenizer)
+    np.testing.assert_array_equal(table.ids, tokenizer.encode(TEXTS, max_len=6))
+    assert not state.exists()
+
+
 def test_a_damaged_table_is_named(tmp_path, tokenizer):
     make(tmp_path, tokenizer)
     with next(tmp_path.rglob("ids.npy")).open("ab") as file:

@@ -59,12 +59,13 @@ class Inline:
         Raises:
           UserError: none is there, or two are of one split.
         """
-        self._corpus, self._queries = _files(path)
+        self._corpus, self._queries, left = _files(path)
         if not self._queries:
             raise UserError(
                 f"{path} holds no queries: write train.jsonl, and dev.jsonl or test.jsonl to "
                 "evaluate on."
             )
+        row.say_passed_over(left)
         self.splits = tuple(self._queries)
         of_splits = [file for files in self._queries.values() for file in files]
         self.files = (*([self._corpus] if self._corpus else []), *of_splits)
@@ -241,11 +242,13 @@ class Columns(Inline):
 ALL = (Dpr, Tevatron, FlagEmbedding, Fid, Columns)
 
 
-def _files(path: AnyPath) -> tuple[AnyPath | None, dict[str, tuple[AnyPath, ...]]]:
-    """The corpus, or None, and the files of every split."""
+def _files(
+    path: AnyPath,
+) -> tuple[AnyPath | None, dict[str, tuple[AnyPath, ...]], list[AnyPath]]:
+    """The corpus, or None, the files of every split, and those that name none."""
     if path.is_file():
         known = row.plain_name(path).endswith(_FILES)
-        return None, {row.split_of(path) or "train": (path,)} if known else {}
+        return None, {row.split_of(path) or "train": (path,)} if known else {}, []
     corpora = [p for p in row.listing(path, *_FILES, ".tsv") if _CORPUS.search(row.plain_name(p))]
     if len(corpora) > 1:
         raise UserError(
@@ -255,7 +258,8 @@ def _files(path: AnyPath) -> tuple[AnyPath | None, dict[str, tuple[AnyPath, ...]
     splits = row.by_split(others)
     if not splits and len(others) == 1:
         splits = {"train": (others[0],)}
-    return (corpora[0] if corpora else None), splits
+    taken = {p for of_split in splits.values() for p in of_split}
+    return (corpora[0] if corpora else None), splits, [p for p in others if p not in taken]
 
 
 def _first(path: AnyPath) -> Record:
@@ -264,9 +268,10 @@ def _first(path: AnyPath) -> Record:
 
 
 def _json_target(record: Record, where: str) -> Target:
-    if _column(record, _ID_KEYS) is None:
+    key = _column(record, _ID_KEYS)
+    if key is None:
         raise UserError(f'{where}: the key "id" is missing: add it.')
-    return _passage(record, where)
+    return _passage(record, where)._replace(id=row.named(record, key, where))
 
 
 def tsv_corpus(path: AnyPath, rows: Rows) -> Iterator[Target]:
@@ -294,9 +299,13 @@ def csv_columns(line: str, names: list[str], where: str) -> list[str]:
     """
     csv.field_size_limit(row.MAX_ROW)  # a line is no longer than that
     try:
-        fields = next(csv.reader([line], delimiter="\t"))
+        # Strict: a column that begins with a quote of its own would lose it silently.
+        fields = next(csv.reader([line], delimiter="\t", strict=True))
     except csv.Error as error:
-        raise UserError(f"{where}: {error}: write one row a line, as csv does.") from error
+        raise UserError(
+            f"{where}: {error}: write one row a line, as csv does, and every quote inside of a "
+            "column in quotes twice."
+        ) from error
     if len(fields) != len(names):
         raise UserError(
             f"{where}: {len(fields)} column(s) instead of {len(names)}: write {', '.join(names)}, "

@@ -41,6 +41,7 @@ class MsMarco:
                 f"{path} holds no judgements: write at least one of qrels.train.tsv, "
                 "qrels.dev.tsv and qrels.test.tsv."
             )
+        row.say_passed_over([file for file in _qrels(path) if row.split_of(file) is None])
         self._queries = {}
         for split, (qrels,) in self._qrels.items():
             name = row.plain_name(qrels).replace("qrels.", "queries.", 1)
