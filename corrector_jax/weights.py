@@ -419,23 +419,28 @@ def _tokenizer_path(folder: Path, model: Path) -> Path:
 
 def _max_len(model: Path, config: dict[str, Any]) -> int:
     """The published length, at most the number of positions."""
-    key = "max_position_embeddings" if config.get("max_position_embeddings") else "n_positions"
-    lengths = [("config.json", key, config.get(key))]
+    positions = (
+        "max_position_embeddings" if config.get("max_position_embeddings") else "n_positions"
+    )
+    found: list[int] = []
     for file, key in (
+        ("config.json", positions),
         ("sentence_bert_config.json", "max_seq_length"),
         ("tokenizer_config.json", "model_max_length"),  # 1e30 where it was never set
     ):
-        if (model / file).exists():
-            lengths.append((file, key, _json(model / file).get(key)))
-    stated = [one for one in lengths if one[2] is not None and one[2] != 0]
-    for file, key, length in stated:
+        if not (model / file).exists():
+            continue
+        length = _json(model / file).get(key)
+        if length is None or length == 0:
+            continue
         real = isinstance(length, int | float) and not isinstance(length, bool)
         if not real or not 1 <= length < float("inf"):
             raise UserError(
                 f"{model / file} gives {length!r} for {key}, which must be a number of tokens; "
                 "fetch it again."
             )
-    return int(min((length for _, _, length in stated), default=512))
+        found.append(int(length))
+    return min(found, default=512)
 
 
 def _json(path: Path, kind: type = dict) -> Any:

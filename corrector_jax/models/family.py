@@ -93,7 +93,7 @@ def number(
     Raises:
       UserError: it is missing or not a number of that kind.
     """
-    value = published.get(key)
+    value: Any = published.get(key)
     value = default if value is None else value
     real = isinstance(value, int | float) and not isinstance(value, bool)
     if not real or not abs(value) < _HUGE or value != kind(value):
