@@ -278,7 +278,7 @@ def _pooling(path: Path) -> str:
         for key, on in config.items()
         if key.startswith("pooling_mode_") and on is True
     ]
-    modes = [modes] if isinstance(modes, str) else modes
+    modes = modes if isinstance(modes, list) else [modes]
     if modes not in (["mean"], ["cls"], ["lasttoken"]):
         raise UserError(
             f"{path} asks for the pooling {', '.join(map(str, modes)) or 'none'}; only mean, cls "
@@ -324,7 +324,7 @@ def _prefixes(path: Path) -> tuple[str, str]:
     prompts = config.get("prompts")
     prompts = prompts if isinstance(prompts, dict) else {}
     prompts = {name: prompt for name, prompt in prompts.items() if isinstance(prompt, str)}
-    default = prompts.get(config.get("default_prompt_name"), "")
+    default = prompts.get(str(config.get("default_prompt_name")), "")
     query = prompts.get("query") or default
     names = ("document", "passage", "corpus")
     target = next((prompts[name] for name in names if prompts.get(name)), default)
@@ -392,7 +392,7 @@ def _weight_files(folder: Path) -> Iterator[Path]:
     if index.exists():
         shards = _json(index).get("weight_map")
         for shard in sorted(set(map(str, shards.values() if isinstance(shards, dict) else ()))):
-            if shard != Path(shard).name or not (folder / shard).exists():
+            if shard != Path(shard).name or not (folder / shard).is_file():
                 raise UserError(f"{index} names the shard {shard}, which is not in the folder.")
             yield folder / shard
         return
@@ -419,20 +419,34 @@ def _tokenizer_path(folder: Path, model: Path) -> Path:
 
 def _max_len(model: Path, config: dict[str, Any]) -> int:
     """The published length, at most the number of positions."""
-    lengths = [config.get("max_position_embeddings") or config.get("n_positions")]
+    positions = (
+        "max_position_embeddings" if config.get("max_position_embeddings") else "n_positions"
+    )
+    found: list[int] = []
     for file, key in (
+        ("config.json", positions),
         ("sentence_bert_config.json", "max_seq_length"),
         ("tokenizer_config.json", "model_max_length"),  # 1e30 where it was never set
     ):
-        if (model / file).exists():
-            lengths.append(_json(model / file).get(key))
-    return int(min((n for n in lengths if n), default=512))
+        if not (model / file).exists():
+            continue
+        length = _json(model / file).get(key)
+        if length is None or length == 0:
+            continue
+        real = isinstance(length, int | float) and not isinstance(length, bool)
+        if not real or not 1 <= length < float("inf"):
+            raise UserError(
+                f"{model / file} gives {length!r} for {key}, which must be a number of tokens; "
+                "fetch it again."
+            )
+        found.append(int(length))
+    return min(found, default=512)
 
 
 def _json(path: Path, kind: type = dict) -> Any:
     try:
         value = json.loads(_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # of a number of 5,000 digits it is the first
         raise UserError(f"{path} is not valid JSON ({error}); fetch it again.") from error
     if not isinstance(value, kind):
         what = "an object" if kind is dict else "a list"

@@ -443,3 +443,33 @@ def test_other_pickles_are_refused_too(folder, name):
     (folder / "model.safetensors").rename(folder / name)
     with pytest.raises(UserError, match=rf"only as {name}, a pickle.*safe_serialization=True"):
         weights.find(str(folder))
+
+
+def test_values_of_another_kind_are_named(folder):
+    for file, content, words in (
+        ("sentence_bert_config.json", {"max_seq_length": "256"}, "'256' for max_seq_length"),
+        ("sentence_bert_config.json", {"max_seq_length": [1]}, r"\[1\] for max_seq_length"),
+        ("sentence_bert_config.json", {"max_seq_length": -3}, "-3 for max_seq_length"),
+        ("sentence_bert_config.json", {"max_seq_length": float("nan")}, "nan for max_seq_length"),
+        ("1_Pooling/config.json", {"pooling_mode": 5}, "asks for the pooling 5"),
+    ):
+        write(folder / file, content)
+        with pytest.raises(UserError, match=words):
+            weights.find(str(folder))
+        (folder / file).unlink()
+    write(folder / "config_sentence_transformers.json", {"default_prompt_name": []})
+    assert weights.find(str(folder)).query_prefix == ""
+
+
+def test_a_number_of_too_many_digits_is_no_json(folder):
+    write(folder / "config.json", '{"max_position_embeddings": ' + "9" * 5000 + "}")
+    with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
+        weights.find(str(folder))
+
+
+@pytest.mark.parametrize("shard", ["..", ".", ""])
+def test_a_shard_that_is_a_folder_is_refused(folder, shard):
+    (folder / "model.safetensors").unlink()
+    write(folder / "model.safetensors.index.json", {"weight_map": {"a.weight": shard}})
+    with pytest.raises(UserError, match=r"names the shard \S*, which is not in the folder"):
+        weights.find(str(folder))

@@ -19,6 +19,7 @@ import contextlib
 import fcntl
 import functools
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ class _Builder(tfds.core.ShardBasedBuilder):
 
     def note(self, files: Iterable[paths.AnyPath], skipped: int) -> None:
         """Notes beside the records what they were made of; see `_refuse_another`."""
-        sizes = {str(path.relative_to(str(self.folder))): path.stat().st_size for path in files}
+        sizes = {os.path.relpath(str(path), self.folder): path.stat().st_size for path in files}
         self.info.metadata.update(verify=self.verify, skipped=skipped, sizes=sizes)
 
     def _log_download_bytes(self) -> None:

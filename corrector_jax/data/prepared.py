@@ -32,6 +32,7 @@ SHARD = 2**16
 """Targets written at once: what is lost with a killed process, and held in memory."""
 
 _FORMAT = 1  # one more whenever the tables change
+_PACKED = 3  # English text takes so many times its size in a .gz or .zst, or a little less
 _SHOWN = 64  # MiB of files from which on progress is shown
 
 
@@ -57,8 +58,7 @@ def prepare(
     if not (place / "manifest.json").exists():
         with writing(place):
             if not (place / "manifest.json").exists():  # another process may have made it
-                needed = sum(path.stat().st_size for path in reader.files)
-                enough_disk(place, needed, "the texts")
+                enough_disk(place, sum(map(_unpacked, reader.files)), "the texts")
                 with _shown("reading", reader.files) as advance:
                     rows = Rows(max_bad_rows, advance)
                     _build(reader, place, target_template, rows)
@@ -105,14 +105,15 @@ def enough_disk(place: Path, needed: int, what: str) -> None:
     """Refuses to begin what the disk cannot hold.
 
     Args:
-      place: a folder on it.
-      needed: bytes.
+      place: the folder to fill; what a killed process left in it counts as written.
+      needed: bytes of it when it is whole.
       what: is to be written, in words.
 
     Raises:
       UserError: how much is needed and how much is there.
     """
     free = paths.free_bytes(place)
+    needed -= sum(file.stat().st_size for file in place.iterdir())
     if free is not None and free < needed:
         raise UserError(
             f"{place}: {what} need {needed / 1e9:.1f} GB but the disk has {free / 1e9:.1f} GB "
@@ -423,6 +424,11 @@ def _open(place: Path, name: str) -> RetrievalData:
             manifest["without_positives"],
         ),
     )
+
+
+def _unpacked(path: AnyPath) -> int:
+    """Bytes of a file's texts, about."""
+    return int(path.stat().st_size) * (_PACKED if path.name.endswith((".gz", ".zst")) else 1)
 
 
 def _there(path: Path) -> bool:

@@ -15,6 +15,9 @@ from jax.typing import DTypeLike
 
 from corrector_jax.types import UserError
 
+_HUGE = 2.0**60
+"""No number of an encoder is as large; infinities and what is not a number are not below it."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -90,9 +93,10 @@ def number(
     Raises:
       UserError: it is missing or not a number of that kind.
     """
-    value = published.get(key)
+    value: Any = published.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != kind(value):
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    if not real or not abs(value) < _HUGE or value != kind(value):
         raise UserError(
             f"The encoder's config.json gives {value!r} for {key}, which must be "
             f"{'a whole number' if kind is int else 'a number'}."

@@ -37,7 +37,9 @@ def attend(
     Returns:
       [B, T, heads, d]; rows of padding alone are finite and mean nothing.
     """
-    if _fused(query.dtype, query.shape[-1]):
+    # With a bias, cuDNN takes only even lengths.
+    even = query.shape[1] % 2 == 0 or (bias is None and window is None)
+    if even and _fused(query.dtype, query.shape[-1]):
         # It takes lengths and a bias, and no mask that is narrower than its logits.
         lengths = (here * jnp.arange(1, here.shape[1] + 1, dtype=jnp.int32)[None]).max(axis=1)
         if window is not None:

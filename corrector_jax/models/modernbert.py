@@ -74,20 +74,26 @@ class ModernBertConfig:
             only(published, key, False, default=False)
         layers = number(published, "num_hidden_layers")
         every = number(published, "global_attn_every_n_layers", default=3)
+        if every < 1:
+            raise UserError(
+                f"The encoder's config.json gives {every} for global_attn_every_n_layers, which "
+                "must be positive."
+            )
         alternating = [_KINDS[bool(i % every)] for i in range(layers)]
         kinds = published.get("layer_types") or alternating
-        if len(kinds) != layers or not set(kinds) <= set(_KINDS):
+        whole = isinstance(kinds, list) and len(kinds) == layers
+        if not whole or not all(kind in _KINDS for kind in kinds):
             raise UserError(
                 f"The encoder's config.json gives layer_types that are not {layers} words of "
                 f"{' or '.join(_KINDS)}; fetch it again."
             )
-        rope = published.get("rope_parameters") or {}
+        rope = _object(published, "rope_parameters")
         theta = {}
         for kind, key, default in (
             ("full_attention", "global_rope_theta", 160_000.0),
             ("sliding_attention", "local_rope_theta", 10_000.0),
         ):
-            one = rope.get(kind) or {}
+            one = _object(rope, kind)
             only(one, "rope_type", "default", default="default")
             theta[kind] = number({key: published.get(key), **one}, "rope_theta", float, 0.0)
             theta[kind] = theta[kind] or number(published, key, float, default)
@@ -225,6 +231,16 @@ class _Layer(nn.Module):
         y, gate = jnp.split(y, 2, axis=-1)
         y = dense(c.hidden_size, name="down")(gelu(y) * gate)
         return x + y.astype(jnp.float32)
+
+
+def _object(published: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = published.get(key) or {}
+    if not isinstance(value, dict):
+        raise UserError(
+            f"The encoder's config.json gives {value!r} for {key}, which must be an object; fetch "
+            "it again."
+        )
+    return value
 
 
 def _norm(config: ModernBertConfig, name: str) -> nn.Module:

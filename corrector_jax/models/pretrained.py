@@ -46,7 +46,7 @@ def encoder_config(hf_config: Mapping[str, Any], *, layers: int = 0) -> Family:
         fewer than `layers` layers are there.
     """
     kind = hf_config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
             f"The encoder's config.json says model_type {kind!r}, but only "
             f"{', '.join(map(repr, FAMILIES))} are supported; choose one of them, for example "

@@ -230,3 +230,20 @@ def test_a_whole_cache_is_read_where_nothing_can_be_written(tmp_path: Path, monk
 
     monkeypatch.setattr(prepared, "writing", never)
     assert load(folder).fingerprint() == first.fingerprint()
+
+
+def test_what_a_killed_process_left_needs_no_disk_again(tmp_path: Path, monkeypatch):
+    (tmp_path / "table").write_bytes(bytes(60))
+    monkeypatch.setattr(prepared.paths, "free_bytes", lambda path: 50)
+    prepared.enough_disk(tmp_path, 110, "the texts")
+    with pytest.raises(UserError, match="the texts need"):
+        prepared.enough_disk(tmp_path, 111, "the texts")
+
+
+def test_packed_files_need_more_than_their_size(tmp_path: Path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(prepared, "enough_disk", lambda place, needed, what: asked.append(needed))
+    folder = written.flag_embedding(tmp_path / "tiny")
+    written.compress(folder, ".gz")
+    load(folder)
+    assert asked == [3 * sum(path.stat().st_size for path in folder.iterdir())]

@@ -171,6 +171,16 @@ def test_position_buckets():
         ),
         ("roberta", {"hidden_act": "relu"}, "hidden_act 'relu'"),
         ("t5", {"d_kv": None}, "None for d_kv"),
+        ("t5", {"d_kv": float("inf")}, "inf for d_kv"),
+        ("t5", {"d_kv": float("nan")}, "nan for d_kv"),
+        ("roberta", {"layer_norm_eps": float("inf")}, "inf for layer_norm_eps"),
+        ("roberta", {"layer_norm_eps": 10**400}, "for layer_norm_eps"),
+        ("roberta", {"model_type": []}, r"model_type \[\]"),
+        ("modernbert", {"layer_types": 5}, "layer_types that are not 1 words"),
+        ("modernbert", {"layer_types": [[]]}, "layer_types that are not 1 words"),
+        ("modernbert", {"rope_parameters": [1]}, r"\[1\] for rope_parameters"),
+        ("modernbert", {"rope_parameters": {"full_attention": 3}}, "3 for full_attention"),
+        ("modernbert", {"global_attn_every_n_layers": 0}, "0 for global_attn_every_n_layers"),
     ],
 )
 def test_what_is_not_supported_is_named(kind, change, words):
