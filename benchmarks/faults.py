@@ -3,9 +3,10 @@
     python -m benchmarks.faults --kills=20 --terms=10
 
 Every run goes through the command line. A moment is drawn within the time the run left alone took,
-or is the moment a save or a snapshot begins. The same command is run again until it ends; then the
-digests of every leaf, the cache, the rankings, the results and the rows of metrics.jsonl must equal
-those of the run left alone, times apart. Writes `benchmarks/results/faults.json`.
+or is the one at which a save, a snapshot or the last evaluation begins. The same command is run
+again until it ends; then the digests of every leaf, the cache, the rankings, the results and the
+rows of metrics.jsonl must equal those of the run left alone, times apart. Writes
+`benchmarks/results/faults.json`, or what `--output` names.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,16 @@ RUN = {
 """Saves at 3, 6, 9 and 10, refreshes before 4 and 8, evaluates at 5: no two at the same step."""
 
 
+PATTERNS = {
+    "saving": "checkpoints/*tmp*",
+    "snapshot": "cache/*/rows*",
+    "evaluating": f"checkpoints/{RUN['train.steps']}",
+}
+"""Moment -> the file whose appearance it is; the last evaluation follows the last save."""
+
+MOMENTS = ("any", "any", *PATTERNS)
+
+
 @dataclasses.dataclass
 class Campaign:
     """What was done to the runs.
@@ -66,7 +77,13 @@ class Campaign:
 
 
 def campaign(
-    folder: Path, *, kills: int, terms: int, seed: int = 0, say: Callable[[str], None] = print
+    folder: Path,
+    *,
+    kills: int,
+    terms: int,
+    seed: int = 0,
+    moments: Sequence[str] = MOMENTS,
+    say: Callable[[str], None] = print,
 ) -> Campaign:
     """Runs, kills and compares.
 
@@ -75,6 +92,7 @@ def campaign(
       kills: SIGKILLs that end a process.
       terms: SIGTERMs that make one save and exit.
       seed: of the moments.
+      moments: which ones, each as likely as it is often named.
       say: told of every process that ended.
 
     Returns:
@@ -94,7 +112,7 @@ def campaign(
     while any(wanted.values()):
         number = chosen.choice([number for number, left in wanted.items() if left])
         process = start(config, workdir)
-        moment = chosen.choice(["any", "any", "saving", "snapshot"])
+        moment = chosen.choice(moments)
         wait_until(moment, workdir, process, chosen.uniform(0.1, 1.0) * done.seconds)
         if process.poll() is None:
             process.send_signal(number)
@@ -161,11 +179,11 @@ def wait_until(
     moment: str, workdir: Path, process: subprocess.Popen[bytes], seconds: float
 ) -> None:
     """Waits until a moment of the run, its end, or some seconds."""
-    patterns = {"saving": "checkpoints/*tmp*", "snapshot": "cache/*/rows*"}
-    seen = set(workdir.glob(patterns[moment])) if moment in patterns else set()
-    limit = time.monotonic() + (600 if moment in patterns else seconds)
+    pattern = PATTERNS.get(moment)
+    seen = set(workdir.glob(pattern)) if pattern else set()
+    limit = time.monotonic() + (600 if pattern else seconds)
     while process.poll() is None and time.monotonic() < limit:
-        if moment in patterns and set(workdir.glob(patterns[moment])) - seen:
+        if pattern and set(workdir.glob(pattern)) - seen:
             return
         time.sleep(0.002)
 
@@ -203,16 +221,21 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--terms", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--moments", default=",".join(MOMENTS))
     parser.add_argument("--output", default=str(ROOT / "benchmarks" / "results" / "faults.json"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         done = campaign(
-            Path(folder), kills=arguments.kills, terms=arguments.terms, seed=arguments.seed
+            Path(folder),
+            kills=arguments.kills,
+            terms=arguments.terms,
+            seed=arguments.seed,
+            moments=arguments.moments.split(","),
         )
     exits = {f"{name}: exit {code}": count for (name, code), count in sorted(done.exits.items())}
     summary = {
         "command": f"python -m benchmarks.faults --kills={arguments.kills} "
-        f"--terms={arguments.terms} --seed={arguments.seed}",
+        f"--terms={arguments.terms} --seed={arguments.seed} --moments={arguments.moments}",
         "run": RUN,
         "runs_compared": done.runs,
         "different": done.different,
