@@ -110,7 +110,7 @@ Turn = Callable[[], object]
 
 def embedding(job, state, model, args) -> tuple[Turn, Turn, float]:
     """One turn here, one turn there, and the operations of one."""
-    texts = job.data.target_texts
+    texts = list(job.data.target_texts)
 
     def here() -> np.ndarray:
         return embed_table(

@@ -49,7 +49,7 @@ def test_a_folder_comes_in_whole(tmp_path, published_as):
     lengths = {"data__query_max_len": 0, "data__target_max_len": 0}
     job = make_job(config_of(tmp_path / "run", folder, **lengths))
     params = job.init_state().params
-    queries, targets = job.data.splits["dev"].texts, job.data.target_texts[:20]
+    queries, targets = list(job.data.splits["dev"].texts), job.data.target_texts[:20]
     assert job.tokenization.query_prefix == PROMPTS["query"]
     model = published.load(folder)
     found = ours(job, params, queries, targets)
@@ -123,7 +123,7 @@ def test_a_trained_encoder_goes_out_whole(tmp_path, published_as, changes):
     train(config_of(tmp_path / "run", folder, **changes), run, started=time.monotonic())
     job, state, _ = trained(run)
     texts = job.data.target_texts[:30]
-    queries = job.data.splits["test"].texts
+    queries = list(job.data.splits["test"].texts)
     model = published.load(run / "final")
     wanted = ours(job, state.params, queries, texts)
     ratio = float(job.model.beta_ratio(state.params))
