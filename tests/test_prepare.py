@@ -26,7 +26,7 @@ NAMES = ("nq", "triviaqa", "msmarco", "hotpotqa")
 def overrides(folder: Path) -> dict[str, object]:
     """Sizes of a tiny run, for data below `folder`."""
     return tiny.overrides(folder) | {
-        "data.path": str(folder / "root"),
+        "data.path": str(folder / "everything"),
         "data.cache_dir": str(folder / "cache"),
         "cache.dtype": "float32",  # as other tests have it: their programs are compiled
         "data.verify": False,
@@ -56,7 +56,7 @@ def test_prepare_then_train_twenty_steps(folder, name, capsys):
     config = config_of(name, folder, data__cache_dir=str(folder / "cache" / name))
     with pytest.raises(UserError, match=f"{name} is not in .* yet: .* --mode=prepare_data first"):
         train(config, folder / name, started=time.monotonic())
-    published_files.write(name, folder / "root")
+    published_files.write(name, folder / "everything")
     prepare_data(config)
     said = capsys.readouterr()
     assert f"data: {name}, 67 targets, queries: 32 train, 12 dev" in said.out
@@ -102,7 +102,7 @@ def test_the_command_line_says_what_to_do_without_a_network(tmp_path):
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: psgs_w100.tsv.gz cannot be downloaded (")
-    assert f"into {tmp_path}/root/published/wikipedia, packed or unpacked" in line
+    assert f"into {tmp_path}/everything/published/wikipedia, packed or unpacked" in line
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_fetched(tmp_path, monkeypatch):
@@ -113,7 +113,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_fetched(tmp_path
     assert f"nq needs 36.8 GB below {tmp_path}" in message
     assert "(downloads 7.3, records 13.8, tables 15.7)" in message
     assert "the disk has 30.0 GB left" in message
-    assert not (tmp_path / "root").exists()
+    assert not (tmp_path / "everything").exists()
 
 
 def test_records_are_refused_where_they_cannot_be_written(tmp_path):
