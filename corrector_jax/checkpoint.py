@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import hashlib
 import json
@@ -270,8 +271,14 @@ class Checkpoints:
             there = ", ".join(map(str, self.steps())) or "none"
             raise UserError(f"{self._folder} has no checkpoint of step {step}: there is {there}")
         for candidate in [step] if step is not None else self.steps()[::-1]:
+            read = functools.partial(
+                self._resume, state, cache, step=candidate, data=data, made_by=made_by
+            )
             try:
-                found = self._resume_twice(state, cache, candidate, data=data, made_by=made_by)
+                try:
+                    found = read()
+                except DamagedError:
+                    found = read()  # a store that fails once is no damage: what fails twice is
             except DamagedError as error:
                 problems[candidate] = str(error)
                 say(f"WARNING: the checkpoint of step {candidate:,} is damaged: {error}")
@@ -352,21 +359,6 @@ class Checkpoints:
         # Reads that were given up complain when they are collected: now, and unheard.
         gc.collect()
         self._quiet.close()
-
-    def _resume_twice(
-        self,
-        state: PyTree,
-        cache: TargetCache | None,
-        step: int,
-        *,
-        data: str,
-        made_by: dict[str, Any],
-    ) -> tuple[PyTree, TargetCache | None, Position]:
-        """A store or a disk that fails once is no damage: what fails twice is."""
-        try:
-            return self._resume(state, cache, step=step, data=data, made_by=made_by)
-        except DamagedError:
-            return self._resume(state, cache, step=step, data=data, made_by=made_by)
 
     def _resume(
         self,

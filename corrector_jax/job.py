@@ -159,6 +159,11 @@ class Job:
         return isinstance(self.method.proposal, TwoLevel)
 
     @functools.cached_property
+    def refresh_policy(self) -> str:
+        """When the cache is re-embedded, a word of `refresh.is_due`; asked before every step."""
+        return configs.chosen(self.config)["refresh"]
+
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Hex digest of all that is trained on: token table, query tokens, judgements."""
         digest = hashlib.sha256(self.tokens.fingerprint.encode())

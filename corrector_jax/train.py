@@ -241,8 +241,8 @@ def between(
         position.dev[str(step)] = during(run, state, cache)
     if step and (ends or step % config.checkpoint.every == 0):
         save(run, state)
-    refresh = configs.chosen(config)["refresh"]
-    if cache is None or ends or not is_due(step, policy=refresh, every=config.refresh.every):
+    policy = run.job.refresh_policy
+    if cache is None or ends or not is_due(step, policy=policy, every=config.refresh.every):
         return state, cache
     return refresh_cache(run, state, cache)
 

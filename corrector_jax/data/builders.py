@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import fcntl
 import functools
 import itertools
 import os
@@ -32,6 +31,7 @@ from corrector_jax.data import rows as row
 from corrector_jax.data.layouts import inline
 from corrector_jax.data.layouts.beir import Beir
 from corrector_jax.data.layouts.msmarco import MsMarco
+from corrector_jax.data.prepared import alone
 from corrector_jax.data.published import CORPORA, QUERIES, File, fetch, missing_files
 from corrector_jax.data.rows import Judged, Query, Reader, Rows, Target
 from corrector_jax.types import UserError
@@ -292,12 +292,7 @@ def _alone(root: Path) -> Iterator[None]:
     """While `root` is filled: nobody else fills it, and what a killed process left is removed."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with (root / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                say(f"waiting for another process that fills {root}")
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with alone(root / ".lock"):
             left = root.glob("downloads/*/*.tmp.*"), root.glob("retrieval_*/*/incomplete.*")
             for path in itertools.chain(*left):
                 paths.remove(path)

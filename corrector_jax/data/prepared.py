@@ -76,6 +76,22 @@ def prepare(
 
 
 @contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """While a folder is filled: waits, and says so, until no other process fills it.
+
+    Args:
+      path: of the lock, a file in the folder.
+    """
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another process that fills {path.parent}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
 def writing(place: Path) -> Iterator[None]:
     """While a folder of the cache is filled: no other process fills it, and errors are explained.
 
@@ -87,12 +103,7 @@ def writing(place: Path) -> Iterator[None]:
     """
     try:
         place.mkdir(parents=True, exist_ok=True)
-        with (place / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                say(f"waiting for another process that fills {place}")
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with alone(place / "lock"):
             yield
     except OSError as error:
         raise UserError(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from corrector_jax.models.family import Place, check_sizes, number, only
-from corrector_jax.models.layers import attend, gelu
+from corrector_jax.models.layers import attend, checked, gelu
 from corrector_jax.types import Array, ArrayLike
 
 _init = nn.initializers.normal(0.02)
@@ -166,13 +166,8 @@ class Bert(nn.Module):
           ValueError: T is larger than `config.max_positions`.
         """
         c = self.config
+        tokens = checked(tokens, c.max_positions)
         batch, length = tokens.shape
-        if length > c.max_positions:
-            raise ValueError(
-                f"Texts of {length} tokens are longer than the {c.max_positions} positions this "
-                f"encoder has; shorten them."
-            )
-        tokens = jnp.asarray(tokens, jnp.int32)
         x = _Embeddings(c, name="embeddings")(tokens).reshape(batch * length, c.hidden_size)
         x = x.astype(self.dtype)
         here = tokens != c.pad_id

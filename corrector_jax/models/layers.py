@@ -1,4 +1,4 @@
-"""What the encoder families share: attention, rotary positions, the exact gelu."""
+"""What the encoder families share: a check of lengths, attention, rotary positions, exact gelu."""
 
 from __future__ import annotations
 
@@ -10,7 +10,29 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from corrector_jax.types import Array
+from corrector_jax.types import Array, ArrayLike
+
+
+def checked(tokens: ArrayLike, max_positions: int) -> Array:
+    """Tokens as every family reads them.
+
+    Args:
+      tokens: [B, T] of any integer dtype.
+      max_positions: the longest text there is a position for.
+
+    Returns:
+      [B, T] int32.
+
+    Raises:
+      ValueError: T is larger than `max_positions`.
+    """
+    length = tokens.shape[1]
+    if length > max_positions:
+        raise ValueError(
+            f"Texts of {length} tokens are longer than the {max_positions} positions this "
+            f"encoder has; shorten them."
+        )
+    return jnp.asarray(tokens, jnp.int32)
 
 
 def attend(

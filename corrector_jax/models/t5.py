@@ -20,7 +20,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from corrector_jax.models.family import Place, check_sizes, number, only
-from corrector_jax.models.layers import attend
+from corrector_jax.models.layers import attend, checked
 from corrector_jax.types import Array, ArrayLike
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -169,13 +169,8 @@ class T5(nn.Module):
           ValueError: T is larger than `config.max_positions`.
         """
         c = self.config
+        tokens = checked(tokens, c.max_positions)
         batch, length = tokens.shape
-        if length > c.max_positions:
-            raise ValueError(
-                f"Texts of {length} tokens are longer than the {c.max_positions} positions this "
-                f"encoder has; shorten them."
-            )
-        tokens = jnp.asarray(tokens, jnp.int32)
         word = self.param("word", nn.initializers.normal(1.0), (c.vocab_size, c.hidden_size))
         x = jnp.take(word, tokens, axis=0).reshape(batch * length, c.hidden_size)
         shape, init = (c.num_buckets, c.num_heads), nn.initializers.normal(c.hidden_size**-0.5)
