@@ -22,6 +22,7 @@ import safetensors
 import safetensors.numpy
 from jax.experimental import multihost_utils
 
+from corrector_jax import cache as caches
 from corrector_jax import paths
 from corrector_jax.cache import TargetCache
 from corrector_jax.paths import AnyPath
@@ -296,8 +297,15 @@ def _share(reader: _Reader, like: TargetCache, start: int, stop: int) -> dict[st
         first, last = max(start, entry["start"]), min(stop, entry["stop"])
         if first >= last:
             continue
-        for name, array in reader.read(number).items():
-            if name in share:
-                part = array[first - entry["start"] : last - entry["start"]]
-                share[name][first - start : last - start] = part.astype(share[name].dtype)
+        held = {
+            name: array[first - entry["start"] : last - entry["start"]]
+            for name, array in reader.read(number).items()
+        }
+        if held["embeddings"].dtype != like.embeddings.dtype:
+            rows = caches.read(held["embeddings"], held.pop("scale", None))
+            held["embeddings"], scale = caches.stored(rows, like.embeddings.dtype)
+            if scale is not None:
+                held["scale"] = scale
+        for name, array in held.items():
+            share[name][first - start : last - start] = array
     return share
