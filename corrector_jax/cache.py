@@ -118,7 +118,7 @@ def read(embeddings: ArrayLike, scale: ArrayLike | None) -> Array:
       [..., D] float32, cut off from differentiation: a cached row is data, never a function of
       the parameters (docs/method.md, 2, step 5).
     """
-    rows = jax.lax.stop_gradient(embeddings).astype(jnp.float32)
+    rows = jax.lax.stop_gradient(jnp.asarray(embeddings)).astype(jnp.float32)
     return rows if scale is None else rows * jax.lax.stop_gradient(scale)[..., None]
 
 
@@ -203,6 +203,7 @@ def write(
     Returns:
       The cache with those rows and their `written_at` replaced.
     """
+
     def local(cache: TargetCache, ids: Array, rows: Array, step: Array) -> TargetCache:
         held = cache.embeddings.shape[0]
         here, inside = _local(ids, held)

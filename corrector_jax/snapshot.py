@@ -302,10 +302,11 @@ def _share(reader: _Reader, like: TargetCache, start: int, stop: int) -> dict[st
             for name, array in reader.read(number).items()
         }
         if held["embeddings"].dtype != like.embeddings.dtype:
-            rows = caches.read(held["embeddings"], held.pop("scale", None))
-            held["embeddings"], scale = caches.stored(rows, like.embeddings.dtype)
+            values = caches.read(held["embeddings"], held.pop("scale", None))
+            embeddings, scale = caches.stored(values, like.embeddings.dtype)
+            held["embeddings"] = np.asarray(embeddings)
             if scale is not None:
-                held["scale"] = scale
+                held["scale"] = np.asarray(scale)
         for name, array in held.items():
             share[name][first - start : last - start] = array
     return share

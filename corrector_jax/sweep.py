@@ -161,6 +161,28 @@ def draw_two_level(
     )(folded, params, cache, known, (block_key, row_key))
 
 
+def tile_rows(
+    budget: int, *, batch: int, dim: int, hidden: int, draws: int, block_rows: int
+) -> int:
+    """How many rows a tile may have for the sweep's temporaries to stay within a budget.
+
+    Args:
+      budget: bytes on a device.
+      batch: B.
+      dim: D.
+      hidden: numbers a row passes through in the corrector.
+      draws: m.
+      block_rows: R.
+
+    Returns:
+      Rows: whole blocks, and at least one.
+    """
+    # Logits before and after the mask and as exponentials; rows as read, as corrected and squared;
+    # noise and perturbed levels of every block, with the words they are made of.
+    numbers = 3 * batch + 3 * dim + 2 * hidden + 6 * batch * draws / block_rows
+    return max(1, int(budget / (4 * numbers * block_rows))) * block_rows
+
+
 class _Best(NamedTuple):
     """The running winner of every draw, and the running log-sum-exp.
 

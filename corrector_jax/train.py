@@ -35,8 +35,6 @@ from corrector_jax.preemption import PreemptedError, Preemption
 from corrector_jax.refresh import CacheWriter, is_due
 from corrector_jax.results import finish
 from corrector_jax.state import TrainState
-from corrector_jax.steps.probe_step import probe_step
-from corrector_jax.steps.train_step import train_step
 from corrector_jax.types import Array, Batch, UserError
 from corrector_jax.writer import StepLog, Writer, progress, say
 
@@ -167,7 +165,7 @@ def loop(
       PreemptedError: the run was asked to stop; everything up to here is saved.
     """
     job, config, position = run.job, run.job.config, run.position
-    step_fn, probe_fn = compile_steps(job)
+    step_fn, probe_fn = job.train_step(), job.probe_step()
     # All at once: computed in the loop, each would queue behind the step and wait for it.
     updates = np.arange(config.train.steps // config.train.accumulate)
     rates = np.asarray(jax.vmap(job.learning_rate)(updates))
@@ -296,38 +294,9 @@ def skipped(job: Job, workdir: AnyPath, position: Position, step: int) -> None:
         )
 
 
-def compile_steps(job: Job) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The train step and the probe step, jitted for the job's mesh; state and cache are donated."""
-    place = job.place
-    step_fn = place.jit_step(
-        functools.partial(
-            train_step,
-            model=job.model,
-            method=job.method,
-            tx=job.tx,
-            corrector_tx=job.corrector_tx,
-            place=place,
-        ),
-        (place.everywhere, place.rows, place.everywhere),
-        donate=(0, 1),
-    )
-    probe_fn = place.jit_step(
-        functools.partial(
-            probe_step,
-            beta=job.method.beta,
-            model=job.model,
-            corrector=job.method.corrector,
-            place=place,
-        ),
-        (place.everywhere, place.everywhere),
-        donate=(0,),
-    )
-    return step_fn, probe_fn
-
-
 def place_batch(job: Job, step: int) -> Batch:
-    """The batch of a step on the devices, its first axis split over them."""
-    placed: Batch = jax.device_put(make_batch(job, step), job.place.rows)
+    """The batch of a step on the devices, its examples split over them."""
+    placed: Batch = job.place.put(make_batch(job, step), job.place.examples)
     return placed
 
 
@@ -435,7 +404,7 @@ def probe(
 
     Args:
       run: the run; its ledger counts the probe's targets.
-      probe_fn: of `compile_steps`.
+      probe_fn: the jitted probe step.
       state: taken over.
       cache: the cache.
 
