@@ -39,6 +39,7 @@ FREE = (
     "eval.",
     "log.",
     "checkpoint.",
+    "compile.",
     "embed.",
     "export.",
     "search.",
@@ -168,6 +169,11 @@ def default() -> ConfigDict:
     c.log = ConfigDict()
     c.log.every = 10  # steps between lines of metrics.jsonl
     c.log.tensorboard = True
+
+    c.compile = ConfigDict()  # --mode=compile, which needs no data:
+    c.compile.targets = 0  # N; 0 = of the published set
+    c.compile.known = 32  # K, known positives of the query that has most
+    c.compile.queries = 4096  # Q, evaluated at once
 
     c.mesh = ConfigDict()
     c.mesh.devices = 0  # devices to use; 0 = all
@@ -381,6 +387,9 @@ _LEAST = {
     "checkpoint.keep": 1,
     "checkpoint.keep_every": 0,
     "log.every": 1,
+    "compile.targets": 0,
+    "compile.known": 1,
+    "compile.queries": 1,
     "mesh.devices": 0,
     "mesh.fsdp": 1,
     "mesh.tensor": 1,

@@ -79,7 +79,7 @@ class Program:
         params = None
         if encoder_params is not None:
             params = self.model.from_encoder_params(encoder_params)
-        return jax.jit(self._init, out_shardings=self.state_sharding)(params)
+        return jax.jit(self.initial, out_shardings=self.state_sharding)(params)
 
     def empty_cache(self) -> TargetCache:
         """A cache of the right shape with nothing in it."""
@@ -94,7 +94,7 @@ class Program:
     @functools.cached_property
     def state_sharding(self) -> TrainState:
         """Where the leaves of the training state live."""
-        state: TrainState = jax.eval_shape(self._init, None)
+        state: TrainState = jax.eval_shape(self.initial, None)
         everywhere: Any = self.place.everywhere
         return TrainState(
             step=everywhere,
@@ -127,7 +127,8 @@ class Program:
         )
         return self.place.jit_step(step, (self.state_sharding, self.place.everywhere), donate=(0,))
 
-    def _init(self, params: PyTree) -> TrainState:
+    def initial(self, params: PyTree) -> TrainState:
+        """Step 0 as a pure function of the encoders' parameters; None = random ones."""
         if params is None:
             params = self.model.init(rng.key(self.config.seed, "parameters"))
         return init_state(params, self.init_corrector(0), tx=self.tx)

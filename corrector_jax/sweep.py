@@ -156,9 +156,11 @@ def draw_two_level(
             log_z=log_z,
         )
 
-    return place.per_device(
+    swept = place.per_device(
         local, (EVERYWHERE, EVERYWHERE, ROWS, EVERYWHERE, EVERYWHERE), EVERYWHERE
-    )(folded, params, cache, known, (block_key, row_key))
+    )
+    with jax.named_scope("sweep"):  # by which its share of a step is found
+        return swept(folded, params, cache, known, (block_key, row_key))
 
 
 def tile_rows(
