@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 from corrector_jax.hlo import Cost
 from corrector_jax.types import UserError
@@ -112,7 +113,7 @@ def topology(name: str) -> tuple[list[jax.Device], Chip]:
         )
     options = {"chip_config_name": "megacore"} if kind == "v4" else {}
     try:
-        with quiet():
+        with _quiet():
             found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except jax.errors.JaxRuntimeError as error:
         raise UserError(
@@ -123,11 +124,32 @@ def topology(name: str) -> tuple[list[jax.Device], Chip]:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Around every call into libtpu: what it writes to stderr is dropped.
+def compiling(devices: list[jax.Device]) -> Iterator[None]:
+    """Around lowering and compiling for the devices of a `topology`.
 
-    It complains of a missing TPU worker, from C++, past `sys.stderr`. Several processes may compile
-    at once, and no metadata server is asked.
+    For a TPU: in silence, and past jax's persistent cache, which would keep what it cannot read
+    back without a TPU. Elsewhere nothing changes.
+    """
+    if devices[0].platform != "tpu":
+        yield
+        return
+    enabled = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # It decides once whether it is on.
+    try:
+        with _quiet():
+            yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Around a call into libtpu: what it writes to stderr from C++ is dropped.
+
+    It complains that there is no TPU. Several processes may compile at once, and no metadata server
+    is asked.
     """
     # A TPU has one owner, and libtpu a lock; who only compiles needs neither.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -139,7 +161,6 @@ def quiet() -> Iterator[None]:
             os.dup2(nowhere.fileno(), 2)
         yield
     finally:
-        sys.stderr.flush()
         os.dup2(kept, 2)
         os.close(kept)
 

@@ -31,7 +31,7 @@ class Machine:
         return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(self.mesh, P(*spec)))
 
     def compile(self, function, *shapes):
-        with chips.quiet():
+        with chips.compiling(self.devices):
             return jax.jit(function).lower(*shapes).compile()
 
     def cost(self, function, *shapes, scopes=()):
@@ -239,9 +239,9 @@ def test_flops_belong_to_the_scopes_that_they_were_written_in(machine):
     of = machine.cost(loss, *shapes, scopes=("part", "par", "sweep")).flops_of
     assert of == {"part": 7 * product(64, 128, 128), "par": 0, "sweep": 0}
     found = machine.cost(jax.grad(loss, 1), *shapes, scopes=("part",))
-    # Forward, back to the carry, the weights' gradient (back to x is not asked for).
-    assert found.flops_of["part"] in [n * product(64, 128, 128) for n in (20, 21)]
-    assert found.flops == found.flops_of["part"] + (found.flops - found.flops_of["part"])
+    # Forward, back to what is carried, back to the weights; and back through the last.
+    assert found.flops_of["part"] == 3 * 7 * product(64, 128, 128)
+    assert found.flops == found.flops_of["part"] + product(64, 256, 128)
 
 
 # Between devices
@@ -283,14 +283,16 @@ def test_collectives_move_these_bytes(machine):
 
 def test_a_reduce_scatter_starts_from_the_whole(machine):
     n = machine.count
-    # Large enough that the TPU's compiler does not make an all-reduce of it.
-    whole = n * 1024 * 1024 * 4
+    whole = n * 128 * 256 * 4
 
     def scatter(x):
         return jax.lax.psum_scatter(x, "d", tiled=True)
 
-    found = machine.cost(machine.each(scatter, P(), P("d")), machine.shape(n * 1024, 1024))
-    assert found.collectives == {"reduce-scatter": hlo.Collective(1, whole, whole * (n - 1) / n)}
+    found = machine.cost(machine.each(scatter, P(), P("d")), machine.shape(n * 128, 256))
+    # The TPU's compiler makes an all-reduce of this one; of gradients it does not, see below.
+    kind, times = ("all-reduce", 2) if machine.tpu else ("reduce-scatter", 1)
+    sent = times * whole * (n - 1) / n
+    assert found.collectives == {kind: hlo.Collective(1, whole, sent)}
 
 
 def test_collectives_in_a_loop_count_as_often_as_it_runs(machine):
@@ -339,7 +341,7 @@ def test_parts_of_a_mesh_gather_among_themselves(machine):
 
 def test_a_collective_that_hides_behind_a_product_is_counted_once(machine):
     """On TPU such a gather is spread over several fusions, and some are started early."""
-    layers, width, hidden, batch = 6, 1024, 4096, 256
+    layers, width, hidden, batch = 6, 512, 2048, 256
     devices = np.array(machine.devices).reshape(-1, 4)
     mesh = Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
     split = NamedSharding(mesh, P(None, "fsdp"))
@@ -361,11 +363,18 @@ def test_a_collective_that_hides_behind_a_product_is_counted_once(machine):
         y, _ = jax.lax.scan(jax.checkpoint(layer), x, weights)
         return jnp.mean(jnp.square(y.astype(jnp.float32)))
 
-    found = machine.cost(jax.grad(loss), weights, x)
+    def gradient(weights, x):
+        return jax.lax.with_sharding_constraint(jax.grad(loss)(weights, x), split)
+
+    text = machine.compile(gradient, weights, x).as_text()
+    assert ("AsyncCollectiveStart" in text) == machine.tpu
+    found = hlo.cost(text)
     # Forward two products, the first again, back four.
     assert found.flops == layers * 7 * product(batch, width, hidden)
     # Forward and back, the two weights of a layer each.
     assert found.collectives["all-gather"].count == 4 * layers
+    if machine.tpu:
+        assert found.collectives["reduce-scatter"].count == 2 * layers
     assert found.unknown_loops == ()
 
 
@@ -379,20 +388,23 @@ def test_a_product_reads_its_operands_and_writes_its_result(machine):
 
 def test_tiles_of_an_array_in_a_loop_are_one_pass_over_it(machine):
     rows, tile, width = 1 << 18, 1 << 13, 256
+    # In the type that the machine multiplies: any other is converted first, in a pass of its own.
+    dtype = jnp.bfloat16 if machine.tpu else jnp.float32
 
     def best(x, q):
         def step(best, start):
             part = jax.lax.dynamic_slice_in_dim(x, start, tile)
             return jnp.maximum(best, jnp.max(q @ part.T, axis=1)), None
 
-        return jax.lax.scan(step, jnp.zeros(8), jnp.arange(0, rows, tile))[0]
+        return jax.lax.scan(step, jnp.zeros(8, dtype), jnp.arange(0, rows, tile))[0]
 
-    found = machine.cost(best, machine.shape(rows, width), machine.shape(8, width))
+    x, q = machine.shape(rows, width, dtype=dtype), machine.shape(8, width, dtype=dtype)
+    found = machine.cost(best, x, q)
     assert found.flops == product(8, width, rows)
-    # A CPU program copies each tile out before it multiplies.
+    whole = rows * width * x.dtype.itemsize
+    # A CPU program copies each tile out before it multiplies: read, write, read.
     passes = 1 if machine.tpu else 3
-    logits = 0 if machine.tpu else 2 * 8 * rows * 4
-    assert found.bytes == pytest.approx(passes * rows * width * 4 + logits, rel=0.05)
+    assert found.bytes == pytest.approx(passes * whole, rel=0.01)
 
 
 def test_gathered_rows_are_what_a_gather_reads(machine):
@@ -409,7 +421,7 @@ def test_an_update_in_place_moves_what_it_puts(machine):
         return jax.lax.dynamic_update_slice_in_dim(x, new, start, 0)
 
     shapes = machine.shape(1 << 18, 256), machine.shape(512, 256), machine.shape(dtype=jnp.int32)
-    with chips.quiet():
+    with chips.compiling(machine.devices):
         compiled = jax.jit(put, donate_argnums=0).lower(*shapes).compile()
     assert hlo.cost(compiled.as_text()).bytes < 3 * 512 * 256 * 4
 
