@@ -14,6 +14,8 @@ def get_config() -> ConfigDict:
     c = config.default()
     c.data.path = "data"
     c.data.published = "nq"
+    c.model.weights = "sentence-transformers/gtr-t5-base"
+    c.model.dtype = "bfloat16"
     c.data.cache_dir = "data/cache"
     c.data.query_max_len = 32
     c.data.target_max_len = 128  # passages have 100 words
