@@ -21,9 +21,9 @@ MAX_RESTARTS=${MAX_RESTARTS:-50}
 need_numbers CHIPS GRACE_SECONDS MAX_RESTARTS
 [[ $TPU_TOPOLOGY =~ ^[0-9]+(x[0-9]+)+$ ]] ||
   mend "TPU_TOPOLOGY is ${TPU_TOPOLOGY@Q}: write numbers joined by x, for example 4x4"
-chips=$((${TPU_TOPOLOGY//x/*}))
-((CHIPS > 0 && chips % CHIPS == 0)) ||
-  mend "CHIPS is $CHIPS: the $chips chips of TPU_TOPOLOGY cannot be shared by hosts of so many"
+total=$((${TPU_TOPOLOGY//x/*}))
+((CHIPS > 0 && total % CHIPS == 0)) ||
+  mend "CHIPS is $CHIPS: the $total chips of TPU_TOPOLOGY cannot be shared by hosts of so many"
 
 # A JSON list is a YAML one. Kubernetes reads "$(X)" in it as a variable, and "$$" as "$".
 ARGS="["
@@ -47,7 +47,7 @@ fill IMAGE "$IMAGE"
 fill TPU_ACCELERATOR "$TPU_ACCELERATOR"
 fill TPU_TOPOLOGY "$TPU_TOPOLOGY"
 fill CHIPS "$CHIPS"
-fill HOSTS "$((chips / CHIPS))"
+fill HOSTS "$((total / CHIPS))"
 fill SERVICE_ACCOUNT "$SERVICE_ACCOUNT"
 fill GRACE_SECONDS "$GRACE_SECONDS"
 fill MAX_RESTARTS "$MAX_RESTARTS"

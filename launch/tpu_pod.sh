@@ -71,7 +71,7 @@ work() {
   working=$!
   set +m
   while kill -0 "$working" 2> /dev/null; do
-    sleep 0.5
+    sleep 0.2
     ((SECONDS >= next)) || continue
     now=$(state)
     if [[ ! $now =~ ^(ACTIVE|UNKNOWN)$ ]]; then
@@ -90,7 +90,7 @@ work() {
 }
 
 say() {
-  printf 'tpu_pod.sh: %s\n' "$1" >&2
+  printf 'tpu_pod.sh: %s\n' "$*" >&2
 }
 
 finish() { # CODE
@@ -102,11 +102,11 @@ finish() { # CODE
   exit "$1"
 }
 
-interrupted() {
+interrupted() { # CODE
   [[ ! $working ]] || kill -- "-$working" 2> /dev/null || true
   say "the pod was left as it is: the same command goes on with it; to end it:" \
     "$(quoted "${deletion[@]}")"
-  exit 130
+  exit "$1"
 }
 
 if [[ $dry_run ]]; then
@@ -121,7 +121,8 @@ fi
 
 git -C "$here/.." diff --quiet HEAD ||
   say "what is not committed does not reach the workers: they get $(git -C "$here/.." rev-parse --short HEAD)"
-trap interrupted INT TERM HUP
+trap 'interrupted 130' INT
+trap 'interrupted 143' TERM HUP
 restarts=0
 before=""
 while true; do
