@@ -124,30 +124,38 @@ git -C "$here/.." diff --quiet HEAD ||
 trap 'interrupted 130' INT
 trap 'interrupted 143' TERM HUP
 restarts=0
+failed() { # CODE
+  restarts=$((restarts + 1))
+  say "failed ($1): $restarts of at most $MAX_RESTARTS restarts"
+  ((restarts <= MAX_RESTARTS)) || finish "$1"
+}
+
 before=""
 while true; do
   now=$(state)
   [[ $now == "$before" ]] || say "$NAME is $now"
-  before=$now
   case $now in
-    NONE) create ;;
+    NONE)
+      if ! create; then
+        [[ $before ]] || exit 1 # the first request: there is something to mend
+        failed 1
+      fi
+      ;;
     ACTIVE)
       code=0
       work "$@" || code=$?
       case $code in
         0 | 2) finish "$code" ;;
-        75) ;;
-        *) restarts=$((restarts + 1)) ;;
+        75) say "stopped (75): the same command goes on" ;;
+        *) failed "$code" ;;
       esac
-      say "ended with exit code $code, $restarts of at most $MAX_RESTARTS restarts after failures"
-      ((restarts <= MAX_RESTARTS)) || finish "$code"
       ;;
-    SUSPENDED | PREEMPTED | TERMINATED) run "${deletion[@]}" ;;
+    SUSPENDED | PREEMPTED | TERMINATED) run "${deletion[@]}" || failed 1 ;;
     FAILED)
-      restarts=$((restarts + 1))
-      ((restarts <= MAX_RESTARTS)) || finish 1
-      run "${deletion[@]}"
+      failed 1
+      run "${deletion[@]}" || true
       ;;
   esac
+  before=$now
   sleep "$POLL_SECONDS"
 done
