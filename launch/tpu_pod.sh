@@ -147,7 +147,10 @@ while true; do
       case $code in
         0 | 2) finish "$code" ;;
         75) say "stopped (75): the same command goes on" ;;
-        *) failed "$code" ;;
+        *)
+          sleep "$POLL_SECONDS" # a pod that was taken away says so by now, and did not fail
+          [[ ! $(state) =~ ^(ACTIVE|UNKNOWN)$ ]] || failed "$code"
+          ;;
       esac
       ;;
     SUSPENDED | PREEMPTED | TERMINATED) run "${deletion[@]}" || failed 1 ;;

@@ -432,6 +432,7 @@ def test_a_pod_is_asked_for_once_used_and_given_back(machine):
     [
         "put('states', 'SUSPENDING', 'SUSPENDED')",
         "put('nodes', 'PREEMPTED')",  # the TPU VM; its queued resource still says ACTIVE
+        "put('states', 'SUSPENDED'); sys.exit(76)",
     ],
 )
 def test_a_pod_that_is_taken_away_is_asked_for_again_and_the_same_command_goes_on(machine, taken):
