@@ -36,6 +36,10 @@ class Place:
     alias: str = ""
 
 
+Axes = Mapping[str, tuple[str | None, ...]]
+"""Pattern of how a leaf's path ends -> "width" (D), "heads", "inner" or None for each axis."""
+
+
 class Family(Protocol):
     """The sizes of an encoder; what differs between families is behind these methods.
 
@@ -73,6 +77,10 @@ class Family(Protocol):
 
     def places(self) -> Iterator[Place]:
         """Every parameter of the module, once."""
+        ...
+
+    def axes(self) -> Axes:
+        """What the axes of the large parameters are, for those who split them."""
         ...
 
 
