@@ -76,7 +76,7 @@ while ((${#pids[@]})); do
   for i in "${!pids[@]}"; do
     if ! kill -0 "${pids[i]}" 2> /dev/null; then
       code=0
-      wait "${pids[i]}" || code=$?
+      wait "${pids[i]}" 2> /dev/null || code=$?
       unset "pids[i]"
       if [[ ! $ending && $code != 0 ]]; then
         echo "local.sh: process $i ended with exit code $code" >&2

@@ -125,6 +125,7 @@ trap 'interrupted 130' INT
 trap 'interrupted 143' TERM HUP
 restarts=0
 failed() { # CODE
+  [[ $1 != 2 ]] || finish 2
   restarts=$((restarts + 1))
   say "failed ($1): $restarts of at most $MAX_RESTARTS restarts"
   ((restarts <= MAX_RESTARTS)) || finish "$1"
@@ -145,7 +146,7 @@ while true; do
       code=0
       work "$@" || code=$?
       case $code in
-        0 | 2) finish "$code" ;;
+        0) finish 0 ;;
         75) say "stopped (75): the same command goes on" ;;
         *)
           sleep "$POLL_SECONDS" # a pod that was taken away says so by now, and did not fail
