@@ -71,17 +71,18 @@ work() {
   working=$!
   set +m
   while kill -0 "$working" 2> /dev/null; do
-    sleep 0.2
-    ((SECONDS >= next)) || continue
-    now=$(state)
-    if [[ ! $now =~ ^(ACTIVE|UNKNOWN)$ ]]; then
-      say "$NAME is $now: leaving it"
-      kill -- "-$working" 2> /dev/null || true
-      wait "$working" 2> /dev/null || true
-      working=""
-      return 75
+    if ((SECONDS >= next)); then
+      now=$(state)
+      if [[ ! $now =~ ^(ACTIVE|UNKNOWN)$ ]]; then
+        say "$NAME is $now: leaving it"
+        kill -- "-$working" 2> /dev/null || true
+        wait "$working" 2> /dev/null || true
+        working=""
+        return 75
+      fi
+      next=$((SECONDS + POLL_SECONDS))
     fi
-    next=$((SECONDS + POLL_SECONDS))
+    sleep 0.2
   done
   local code=0
   wait "$working" || code=$?

@@ -107,7 +107,10 @@ elif "scp" in arguments:
     shutil.copy(arguments[4], os.path.join(os.environ["WORKER"], "corrector_jax.tar.gz"))
 elif "ssh" in arguments:
     command = next(a for a in arguments if a.startswith("--command="))
-    sys.exit(subprocess.run(["bash", "-c", command[10:]], cwd=os.environ["WORKER"]).returncode)
+    code = subprocess.run(["bash", "-c", command[10:]], cwd=os.environ["WORKER"]).returncode
+    if code and take("anew"):
+        put("states", "SUSPENDED")
+    sys.exit(code)
 """
 
 # Of the working tree, with a worker's environment that costs nothing.
@@ -430,17 +433,17 @@ def test_a_pod_is_asked_for_once_used_and_given_back(machine):
 @pytest.mark.parametrize(
     "taken",
     [
-        "put('states', 'SUSPENDING', 'SUSPENDED')",
-        "put('nodes', 'PREEMPTED')",  # the TPU VM; its queued resource still says ACTIVE
-        "put('states', 'SUSPENDED'); sys.exit(76)",
+        "put('states', 'SUSPENDING', 'SUSPENDED'); time.sleep(60)",
+        "put('nodes', 'PREEMPTED'); time.sleep(60)",  # its queued resource still says ACTIVE
+        "sys.exit(76)",  # seen only after main has ended
     ],
 )
 def test_a_pod_that_is_taken_away_is_asked_for_again_and_the_same_command_goes_on(machine, taken):
     machine.put("states", "", "ACTIVE")
     machine.put("anew", "yes")
     machine.put("codes", "first", "")
-    # The first command hangs, as ssh does where a machine vanishes.
-    behaviour = f"if take('codes'): {taken}; time.sleep(60)"
+    # The first command may hang, as ssh does where a machine vanishes.
+    behaviour = f"if take('codes'): {taken}"
     code, _, complained = machine.run("tpu_pod.sh", *ARGUMENTS, BEHAVIOUR=behaviour)
     assert code == 0, complained
     assert verbs(machine) == ["create", "scp", "ssh", "ssh", "delete"] * 2
@@ -473,6 +476,15 @@ def test_a_request_that_fails_is_not_repeated_for_ever(machine):
     machine.put("states", *["", "FAILED"] * 5)
     code, _, _ = machine.run("tpu_pod.sh", "--config=x", MAX_RESTARTS="1")
     assert (code, verbs(machine)) == (1, ["create", "delete"] * 2)
+
+
+def test_a_first_request_that_is_refused_is_not_repeated(machine):
+    (machine.folder / "gcloud.py").write_text(
+        RECORDER + "record()\nif 'create' in arguments: sys.exit('no quota')"
+    )
+    code, _, complained = machine.run("tpu_pod.sh", "--config=x")
+    assert (code, verbs(machine)) == (1, ["create"])
+    assert "no quota" in complained
 
 
 def test_what_an_earlier_connection_left_running_saves_before_main_starts_again(machine):
