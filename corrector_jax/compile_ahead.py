@@ -251,7 +251,9 @@ def lower_steps(program: Program) -> list[tuple[str, Callable[[], Any], int]]:
         ),
     ]
     if cache is not None:
-        probe_queries = array((config.corrector.probe_queries, data.query_max_len or 512), jnp.int32)
+        probe_queries = array(
+            (config.corrector.probe_queries, data.query_max_len or 512), jnp.int32
+        )
         probe_ids = array((config.corrector.probe_targets,), jnp.int32)
         gap = jax.eval_shape(functools.partial(Gap.empty, queries))
         gap = Gap(

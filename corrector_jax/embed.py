@@ -10,6 +10,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.stages import Wrapped
 
 from corrector_jax import cache as caches
 from corrector_jax.cache import TargetCache, TargetTokens
@@ -107,7 +108,7 @@ class Embedder:
         return self.place.jit_step(self.model.encode_queries, self.place.rows)
 
 
-def jit_embed(model: DualEncoder, place: Placement) -> Callable[..., Array]:
+def jit_embed(model: DualEncoder, place: Placement) -> Wrapped:
     """`embed_step`, jitted: (params, tokens, ids [b], length=T) -> [b, D] on every device."""
     step = functools.partial(embed_step, model=model, place=place)
     return jax.jit(step, static_argnames="length", out_shardings=place.everywhere)

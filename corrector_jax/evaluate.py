@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.stages import Wrapped
 from ml_collections import ConfigDict
 
 from corrector_jax import config as configs
@@ -368,13 +369,13 @@ def _record(
 
 
 @functools.cache
-def jit_search(place: Placement) -> Callable[..., Best]:
+def jit_search(place: Placement) -> Wrapped:
     """`search_step`, jitted: what was found is donated, and split like the queries."""
     return place.jit_step(search_step, place.rows, donate=(0,))
 
 
 @functools.lru_cache(maxsize=4)
-def jit_gap(method: Method, place: Placement) -> Callable[..., Gap]:
+def jit_gap(method: Method, place: Placement) -> Wrapped:
     """`gap_step`, jitted: the sums are donated, and split like the queries."""
     step = functools.partial(gap_step, beta=method.beta, corrector=method.corrector, place=place)
     shardings = (place.rows, place.rows, place.everywhere, place.everywhere)

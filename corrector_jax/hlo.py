@@ -2,7 +2,7 @@
 
 XLA's own count takes the body of a loop once. Here every loop counts as often as it runs, so that a
 pass over a cache in tiles costs what the whole cache costs. The text is that of
-`compiled.as_text()`; programs compiled for TPU, CPU and GPU are understood.
+`compiled.as_text()` for TPU or CPU; of a GPU's the forms are known, but not all have been tried.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ class Cost:
       collectives: kind -> what they move between devices.
       largest: the largest single collective; None where there is none.
       flops_of: scope that was asked for -> flops within it.
-      unknown_loops: loops whose length the text does not tell; their bodies are counted once.
+      unknown_loops: name and path of loops whose length the text does not tell, such as those that
+        depend on data; their bodies are counted once.
     """
 
     flops: float
@@ -709,7 +710,7 @@ class _Reader:
             return int(told[1]), constants
         trips = self.trips(condition, initial, constants, after)
         if trips is None:
-            self.unknown.append(instruction.name)
+            self.unknown.append(f"{instruction.name} {instruction.op_name}".strip())
         return (1 if trips is None else trips), constants
 
     def trips(

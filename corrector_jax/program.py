@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.stages import Wrapped
 from ml_collections import ConfigDict
 
 from corrector_jax import cache as caches
@@ -103,7 +104,7 @@ class Program:
             corrector=jax.tree.map(lambda _: everywhere, state.corrector),
         )
 
-    def train_step(self) -> Callable[..., Any]:
+    def train_step(self) -> Wrapped:
         """The train step, jitted for the mesh; state and cache are donated."""
         step = functools.partial(
             train_step,
@@ -116,7 +117,7 @@ class Program:
         out = (self.state_sharding, self.place.rows, self.place.everywhere)
         return self.place.jit_step(step, out, donate=(0, 1))
 
-    def probe_step(self) -> Callable[..., Any]:
+    def probe_step(self) -> Wrapped:
         """The probe step, jitted for the mesh; the state is donated."""
         step = functools.partial(
             probe_step,

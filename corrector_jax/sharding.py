@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.stages import Wrapped
 
 from corrector_jax.types import ArrayLike, PyTree, UserError
 
@@ -216,7 +217,7 @@ class Placement:
 
     def jit_step(
         self, step: Callable[..., Any], out: PyTree, donate: tuple[int, ...] = ()
-    ) -> Callable[..., Any]:
+    ) -> Wrapped:
         """Compiles a step for this mesh.
 
         Args:

@@ -126,28 +126,46 @@ def draw_two_level(
         finite_top = jnp.where(top > -jnp.inf, top, 0.0)
         log_z = finite_top + jnp.log(jax.lax.psum(jnp.exp(mine.log_z - finite_top), AXES))
 
-        def draw_row(arguments: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-            """One draw of every query within its block: [B] -> ids [B], log p in the block [B]."""
-            number, block, owner = arguments
-            own = jnp.clip(block - first_block, 0, blocks - 1)
+        def draw_row(pair: Array) -> tuple[Array, Array]:
+            """A row within the winning block of each (query, draw): [n] -> ids, log p there."""
+            query = pair // draws
+            own = jnp.clip(block.reshape(-1)[pair] - first_block, 0, blocks - 1)
             here = own[:, None] * block_rows + jnp.arange(block_rows)[None, :]
-            rows = lift(params, caches.read_at(cache, here))  # [B, R, D]
-            logits = jnp.einsum("bd,brd->br", folded.queries, rows) + folded.offset[:, None]
+            rows = lift(params, caches.read_at(cache, here))  # [n, R, D]
+            logits = jnp.einsum("nd,nrd->nr", folded.queries[query], rows)
+            logits += folded.offset[query][:, None]
             ids = first_row + here
-            out = (ids >= cache.size) | (ids[:, :, None] == known[:, None, :]).any(-1)
+            out = (ids >= cache.size) | (ids[:, :, None] == known[query][:, None, :]).any(-1)
             logits = jnp.where(out, -jnp.inf, logits)
-            noise = jax.random.gumbel(
-                jax.random.fold_in(row_key, number), (batch, block_rows), mode="high"
-            )
+            noise = jax.vmap(
+                lambda number: jax.random.gumbel(
+                    jax.random.fold_in(row_key, number), (block_rows,), mode="high"
+                )
+            )(pair)
             best = jnp.argmax(logits + noise, axis=1)[:, None]
             log_prob = jnp.take_along_axis(logits, best, axis=1)[:, 0] - _logsumexp(logits)
-            chosen = jnp.take_along_axis(ids, best, axis=1)[:, 0]
-            return jnp.where(owner, chosen, 0), jnp.where(owner, log_prob, 0.0)
+            return jnp.take_along_axis(ids, best, axis=1)[:, 0], log_prob
 
-        # One draw at a time: [B, R, D] rows are alive at once, not [B, m, R, D].
-        ids, in_block = jax.lax.map(draw_row, (jnp.arange(draws), block.T, owner.T))
-        ids = jax.lax.psum(ids, AXES).T
-        in_block = jax.lax.psum(in_block, AXES).T
+        # Each device draws in the blocks it holds, some at a time: [n, R, D] rows are alive at
+        # once, and a device that holds none of the winners does nothing.
+        pairs = batch * draws
+        at_once = min(batch, -(-pairs // place.num_devices))
+        mine_first = jnp.argsort(~owner.reshape(-1), stable=True)
+        count = owner.sum()
+
+        def some(turn: Array, drawn: tuple[Array, Array]) -> tuple[Array, Array]:
+            at = turn * at_once + jnp.arange(at_once)
+            pair = mine_first[jnp.minimum(at, pairs - 1)]
+            there = jnp.where(at < count, pair, pairs)  # one past the end: dropped
+            found = draw_row(pair)
+            return tuple(  # type: ignore[return-value]
+                held.at[there].set(new, mode="drop") for held, new in zip(drawn, found, strict=True)
+            )
+
+        drawn = (jnp.zeros(pairs, jnp.int32), jnp.zeros(pairs, jnp.float32))
+        drawn = jax.tree.map(lambda x: jax.lax.pcast(x, AXES, to="varying"), drawn)
+        drawn = jax.lax.fori_loop(0, -(-count // at_once), some, drawn)
+        ids, in_block = (jax.lax.psum(x, AXES).reshape(batch, draws) for x in drawn)
         log_prob = level - log_z[:, None] + in_block
         return Draws(
             ids=jnp.where(valid, ids, 0),
