@@ -1,4 +1,4 @@
-"""What the sweep over NQ's 21 million rows costs a device, by the programs that XLA compiles for TPU.
+"""What the sweep over NQ's 21 million rows costs a device, by the programs XLA compiles for TPU.
 
     python -m benchmarks.sweep_scaling
 
@@ -64,7 +64,7 @@ def sweep(topology: str, kind: str, hidden: int) -> dict[str, Any]:
     return {
         "topology": topology,
         "devices": len(devices),
-        "corrector": f"{kind} {hidden}".strip(" 0") if kind == "linear" else f"{kind} {hidden}",
+        "corrector": kind if kind == "linear" else f"{kind} {hidden}",
         "flops": cost.flops,
         "bytes": cost.bytes,
         "largest_collective_bytes": cost.largest.bytes if cost.largest else 0,

@@ -117,6 +117,9 @@ def cli() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         _fail(2)
+    except distributed.LostError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(distributed.LOST)
     except PreemptedError as reason:
         print(f"stopped by {reason}: run the same command to go on", file=sys.stderr)
         sys.exit(EXIT_CODE)
