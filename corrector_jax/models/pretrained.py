@@ -75,7 +75,8 @@ def reader_config(hf_config: Mapping[str, Any], tensors: Mapping[str, np.ndarray
 
     Args:
       hf_config: the content of `config.json`.
-      tensors: name -> array, as published; only they say whether the head is the table of words.
+      tensors: name -> array [...], as published; only they say whether the head is a table of its
+        own.
 
     Returns:
       Its config, for `params_from` too.
