@@ -132,10 +132,9 @@ def _measured(per_question: dict[str, np.ndarray]) -> Measured:
 
 
 def _overlap(prediction: str, answer: str) -> float:
-    if not prediction or not answer:
-        return float(prediction == answer)
     ours, theirs = Counter(prediction.split()), Counter(answer.split())
-    return 2 * (ours & theirs).total() / (ours.total() + theirs.total())
+    words = ours.total() + theirs.total()
+    return 2 * (ours & theirs).total() / words if words else 1.0
 
 
 def _words(text: str) -> str:
