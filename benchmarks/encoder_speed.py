@@ -40,7 +40,7 @@ from corrector_jax import export, rng
 from corrector_jax.checkpoint import Position
 from corrector_jax.embed import embed_table
 from corrector_jax.job import make_job
-from corrector_jax.train import compile_steps, make_batch
+from corrector_jax.train import make_batch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -134,7 +134,7 @@ def embedding(job, state, model, args) -> tuple[Turn, Turn, float]:
 
 def training(job, state, model, args) -> tuple[Turn, Turn, float]:
     """One turn here, one turn there, and the operations of one."""
-    step_fn, _ = compile_steps(job)
+    step_fn = job.train_step()
     batches = [make_batch(job, step) for step in range(args.steps)]
     table = np.asarray(job.tokens.ids)
     held = [state]

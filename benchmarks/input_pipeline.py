@@ -27,7 +27,7 @@ import numpy as np
 from corrector_jax import rng
 from corrector_jax.data import order
 from corrector_jax.job import Job, make_job
-from corrector_jax.train import compile_steps, make_batch, place_batch
+from corrector_jax.train import make_batch, place_batch
 from corrector_jax.types import Batch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,7 +62,7 @@ def trained(job: Job, steps: int) -> tuple[float, float]:
 
     The best of three rounds each, in turns: other work on the machine slows both alike.
     """
-    step_fn, _ = compile_steps(job)
+    step_fn = job.train_step()
     state, cache = job.init_state(), job.empty_cache()
     ready = [place_batch(job, step) for step in range(steps)]
     keys = [job.place.put_everywhere(rng.key(job.config.seed, "step", s)) for s in range(steps)]

@@ -23,8 +23,8 @@ class TargetCache:
     """Stale target embeddings with an age.
 
     Attributes:
-      embeddings: [rows, D] float32 or bfloat16, split by row.
-      scale: [rows] float32 to multiply a row by, or None where rows are stored as they are.
+      embeddings: [rows, D] float32, bfloat16 or int8, split by row.
+      scale: [rows] float32 to multiply a row by where it is int8, else None.
       written_at: [rows] int32, the step whose parameters made the row; -1 = never written.
       size: N, the number of targets; rows from N on are padding.
     """
@@ -56,7 +56,7 @@ def create(size: int, dim: int, *, dtype: str, block_rows: int, place: Placement
     Args:
       size: N, the number of targets.
       dim: D.
-      dtype: "float32" or "bfloat16", how rows are stored.
+      dtype: "float32", "bfloat16" or "int8", how rows are stored.
       block_rows: R, rows of a sampling block; a device holds whole blocks.
       place: the mesh.
 
@@ -68,7 +68,7 @@ def create(size: int, dim: int, *, dtype: str, block_rows: int, place: Placement
     def zeros() -> TargetCache:
         return TargetCache(
             embeddings=jnp.zeros((rows, dim), dtype),
-            scale=None,
+            scale=jnp.ones((rows,), jnp.float32) if dtype == "int8" else None,
             written_at=jnp.full((rows,), -1, jnp.int32),
             size=size,
         )
@@ -107,7 +107,7 @@ def create_tokens(
     return TargetTokens(ids=ids, size=size, fingerprint=fingerprint)
 
 
-def read(embeddings: Array, scale: Array | None) -> Array:
+def read(embeddings: ArrayLike, scale: ArrayLike | None) -> Array:
     """Stored rows -> float32 rows; the only place that knows how rows are stored.
 
     Args:
@@ -118,8 +118,28 @@ def read(embeddings: Array, scale: Array | None) -> Array:
       [..., D] float32, cut off from differentiation: a cached row is data, never a function of
       the parameters (docs/method.md, 2, step 5).
     """
-    rows = jax.lax.stop_gradient(embeddings).astype(jnp.float32)
+    rows = jax.lax.stop_gradient(jnp.asarray(embeddings)).astype(jnp.float32)
     return rows if scale is None else rows * jax.lax.stop_gradient(scale)[..., None]
+
+
+def stored(rows: ArrayLike, dtype: jnp.dtype) -> tuple[Array, Array | None]:
+    """Rows as they are stored; the other direction of `read`.
+
+    Args:
+      rows: [..., D] of any float dtype.
+      dtype: float32, bfloat16 or int8.
+
+    Returns:
+      [..., D] of that dtype, and for int8 the scale [...] float32: the largest magnitude of a row
+      is 127, so that no value is off by more than 1/254 of it.
+    """
+    rows = jnp.asarray(rows)
+    if dtype != jnp.int8:
+        return rows.astype(dtype), None
+    rows = rows.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(rows), axis=-1)
+    scale = jnp.where(largest > 0, largest / 127.0, 1.0)
+    return jnp.round(rows / scale[..., None]).astype(jnp.int8), scale
 
 
 def read_slice(cache: TargetCache, start: ArrayLike, count: int) -> Array:
@@ -183,18 +203,19 @@ def write(
     Returns:
       The cache with those rows and their `written_at` replaced.
     """
-    if cache.scale is not None:
-        raise ValueError("rows stored with a scale cannot be written yet")
 
     def local(cache: TargetCache, ids: Array, rows: Array, step: Array) -> TargetCache:
         held = cache.embeddings.shape[0]
         here, inside = _local(ids, held)
         here = jnp.where(inside, here, held)  # one past the end: dropped by the scatter
+        rows, scale = stored(rows, cache.embeddings.dtype)
+        if scale is not None:
+            assert cache.scale is not None  # int8 rows are created with one
+            scale = cache.scale.at[here].set(scale, mode="drop")
         return dataclasses.replace(
             cache,
-            embeddings=cache.embeddings.at[here].set(
-                rows.astype(cache.embeddings.dtype), mode="drop"
-            ),
+            embeddings=cache.embeddings.at[here].set(rows, mode="drop"),
+            scale=scale,
             written_at=cache.written_at.at[here].set(step, mode="drop"),
         )
 

@@ -26,7 +26,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from corrector_jax import digest, paths, snapshot
+from corrector_jax import digest, distributed, paths, snapshot
 from corrector_jax.cache import TargetCache
 from corrector_jax.paths import AnyPath
 from corrector_jax.snapshot import DamagedError
@@ -274,14 +274,17 @@ class Checkpoints:
             read = functools.partial(
                 self._resume, state, cache, step=candidate, data=data, made_by=made_by
             )
+            problem = ""
             try:
                 try:
                     found = read()
                 except DamagedError:
                     found = read()  # a store that fails once is no damage: what fails twice is
             except DamagedError as error:
-                problems[candidate] = str(error)
-                say(f"WARNING: the checkpoint of step {candidate:,} is damaged: {error}")
+                problem = str(error)
+            if problem := distributed.first_of(problem):  # of any process
+                problems[candidate] = problem
+                say(f"WARNING: the checkpoint of step {candidate:,} is damaged: {problem}")
                 continue
             # Not before: if none is good, a file that is put back makes all of them good again.
             for damaged in problems if set_aside else ():
@@ -440,7 +443,10 @@ class Checkpoints:
         number = 0
         while (target := self._workdir / "damaged" / f"{step}-{number}").exists():
             number += 1
-        paths.move(self._folder / str(step), target)
+        distributed.wait_for_all("every process knows where it goes")
+        if distributed.is_lead():
+            paths.move(self._folder / str(step), target)
+        distributed.wait_for_all("the damaged checkpoint is out of the way")
         self._manager.reload()
         return target
 
@@ -492,7 +498,7 @@ class Checkpoints:
                     return  # it may need any of them
         needed = {self._snapshots[step] for step in self.steps()}
         needed.add(position.cache["step"] if position.cache else None)
-        for step in there - needed - {max(there, default=0)}:
+        for step in there - needed - {max(there, default=0)} if distributed.is_lead() else ():
             paths.remove(self._caches / str(step))
 
 

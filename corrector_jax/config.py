@@ -26,7 +26,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "model.pooling": ("", "mean", "cls", "last"),
     "model.normalize": ("", "yes", "no"),
     "model.dtype": ("float32", "bfloat16"),
-    "cache.dtype": ("float32", "bfloat16"),
+    "cache.dtype": ("float32", "bfloat16", "int8"),
     "corrector.kind": ("", "identity", "linear", "mlp"),
     "corrector.loss": ("mse", "kl", "both"),
     "loss.estimator": ("", "truncated", "single", "weighted", "balanced"),
@@ -39,6 +39,7 @@ FREE = (
     "eval.",
     "log.",
     "checkpoint.",
+    "compile.",
     "embed.",
     "export.",
     "search.",
@@ -48,7 +49,9 @@ FREE = (
     "data.layout",
     "data.max_bad_rows",
     "data.verify",
+    "train.chunk",
     "train.max_skipped",
+    "train.remat",
 )
 """Keys that do not shape the training state: they may differ when a run is resumed."""
 
@@ -96,8 +99,9 @@ def default() -> ConfigDict:
 
     c.cache = ConfigDict()
     c.cache.path = ""  # begin with the snapshot there (RUN/cache/STEP) instead of embedding
-    c.cache.dtype = "float32"  # how stale rows are stored: float32 | bfloat16
-    c.cache.tile_rows = 4096  # rows scored at once on a device: memory, never results
+    c.cache.dtype = "float32"  # how stale rows are stored: float32 | bfloat16 | int8
+    c.cache.sweep_mib = 64  # what the sweep may hold on a device at once: memory, never results
+    c.cache.tile_rows = 0  # rows scored at once on a device; 0 = as many as sweep_mib allows
 
     c.corrector = ConfigDict()
     c.corrector.kind = ""  # identity | linear | mlp; empty = the strategy's
@@ -133,6 +137,8 @@ def default() -> ConfigDict:
     c.train.weight_decay = 0.0
     c.train.clip = 1.0  # largest global gradient norm; 0 = no clip
     c.train.accumulate = 1  # steps whose gradients make one update
+    c.train.chunk = 0  # texts encoded at once, over all devices (GradCache); 0 = all of a step's
+    c.train.remat = False  # attention and activations are computed again backwards, not kept
     c.train.max_skipped = 10  # steps with a loss or gradient not finite before training stops
 
     c.eval = ConfigDict()
@@ -164,8 +170,16 @@ def default() -> ConfigDict:
     c.log.every = 10  # steps between lines of metrics.jsonl
     c.log.tensorboard = True
 
+    c.compile = ConfigDict()  # --mode=compile, which needs no data:
+    c.compile.targets = 0  # N; 0 = of the published set
+    c.compile.known = 32  # K, known positives of the query that has most
+    c.compile.queries = 4096  # Q, evaluated at once
+
     c.mesh = ConfigDict()
     c.mesh.devices = 0  # devices to use; 0 = all
+    c.mesh.fsdp = 1  # of these, so many share the width of parameters and optimizer state
+    c.mesh.tensor = 1  # and so many the heads and inner width of every layer
+    c.mesh.timeout = 1800.0  # seconds without a step after which another process is given up
     return c.lock()
 
 
@@ -238,7 +252,7 @@ def validate(config: ConfigDict) -> None:
             "'random': write False"
         )
     tile = config.cache.tile_rows
-    if tile < config.negatives.block_rows:
+    if 0 < tile < config.negatives.block_rows:
         raise UserError(
             f"config.cache.tile_rows is {tile}, less than one sampling block: write "
             f"{config.negatives.block_rows} or more, or a smaller config.negatives.block_rows"
@@ -345,7 +359,8 @@ _LEAST = {
     "model.hidden": 1,
     "model.heads": 1,
     "model.intermediate": 1,
-    "cache.tile_rows": 1,
+    "cache.sweep_mib": 1,
+    "cache.tile_rows": 0,
     "corrector.hidden": 0,
     "corrector.warmup": 0,
     "corrector.updates": 1,
@@ -362,6 +377,7 @@ _LEAST = {
     "train.weight_decay": 0.0,
     "train.clip": 0.0,
     "train.accumulate": 1,
+    "train.chunk": 0,
     "train.max_skipped": 0,
     "eval.every": 0,
     "eval.sample_targets": 1,
@@ -371,10 +387,15 @@ _LEAST = {
     "checkpoint.keep": 1,
     "checkpoint.keep_every": 0,
     "log.every": 1,
+    "compile.targets": 0,
+    "compile.known": 1,
+    "compile.queries": 1,
     "mesh.devices": 0,
+    "mesh.fsdp": 1,
+    "mesh.tensor": 1,
 }
 
-_POSITIVE = ("model.beta", "train.learning_rate", "corrector.learning_rate")
+_POSITIVE = ("mesh.timeout", "model.beta", "train.learning_rate", "corrector.learning_rate")
 
 
 def _validate_strategy(config: ConfigDict) -> None:

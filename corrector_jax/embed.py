@@ -10,6 +10,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.stages import Wrapped
 
 from corrector_jax import cache as caches
 from corrector_jax.cache import TargetCache, TargetTokens
@@ -88,7 +89,7 @@ class Embedder:
             self._embed_queries(params, self.place.put_rows(padded[at : at + self._block]))
             for at in range(0, rows, self._block)
         ]
-        return jax.device_put(jnp.concatenate(parts), self.place.rows)
+        return self._join(parts)
 
     @functools.cached_property
     def _block(self) -> int:
@@ -96,12 +97,21 @@ class Embedder:
 
     @functools.cached_property
     def _embed(self) -> Callable[..., Array]:
-        step = functools.partial(embed_step, model=self.model, place=self.place)
-        return jax.jit(step, static_argnames="length", out_shardings=self.place.everywhere)
+        return jit_embed(self.model, self.place)
+
+    @functools.cached_property
+    def _join(self) -> Callable[[list[Array]], Array]:
+        return self.place.jit_step(jnp.concatenate, self.place.rows)
 
     @functools.cached_property
     def _embed_queries(self) -> Callable[..., Array]:
         return self.place.jit_step(self.model.encode_queries, self.place.rows)
+
+
+def jit_embed(model: DualEncoder, place: Placement) -> Wrapped:
+    """`embed_step`, jitted: (params, tokens, ids [b], length=T) -> [b, D] on every device."""
+    step = functools.partial(embed_step, model=model, place=place)
+    return jax.jit(step, static_argnames="length", out_shardings=place.everywhere)
 
 
 def embed_table(

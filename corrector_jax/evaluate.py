@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.stages import Wrapped
 from ml_collections import ConfigDict
 
 from corrector_jax import config as configs
-from corrector_jax import paths
+from corrector_jax import distributed, paths
 from corrector_jax.cache import TargetCache
 from corrector_jax.checkpoint import Checkpoints, Position
 from corrector_jax.embed import Consumer, Embedder, cached_blocks, go_over
@@ -42,7 +43,7 @@ class Search:
           place: the mesh.
         """
         self._queries, self._count = queries, count
-        self._step = _jit_search(place)
+        self._place, self._step = place, jit_search(place)
         self._best = place.put_rows(jax.device_get(Best.empty(queries.shape[0], k)))
 
     def add(self, ids: Array, fresh: Array) -> None:
@@ -51,7 +52,7 @@ class Search:
 
     def ranking(self) -> Ranking:
         """The top-k of the real queries, on the host: rows and scores [Q, k]."""
-        scores, ids = jax.device_get(self._best)
+        scores, ids = self._place.fetch(self._best)
         ids = ids[: self._count]
         return Ranking(ids, np.where(ids >= 0, scores[: self._count], 0.0).astype(np.float32))
 
@@ -81,7 +82,7 @@ class GapMeter:
         """
         self._queries, self._count = queries, count
         self._cache, self._psi = cache, psi
-        self._step = _jit_gap(method, place)
+        self._place, self._step = place, jit_gap(method, place)
         empty = jax.device_get(Gap.empty(queries.shape[0]))
         self._gap = Gap(
             place.put_rows(empty.stale),
@@ -96,7 +97,7 @@ class GapMeter:
 
     def result(self) -> dict[str, float]:
         """kl_stale and kl_corrected (nats, means over queries), drift and corrected_error."""
-        gap: Gap = jax.device_get(self._gap)
+        gap: Gap = self._place.fetch(self._gap)
         return {
             "kl_stale": float(np.mean(gap.stale.kl()[: self._count])),
             "kl_corrected": float(np.mean(gap.corrected.kl()[: self._count])),
@@ -211,6 +212,8 @@ def write(
 ) -> dict[str, Any]:
     """Leaves an evaluation in the workdir: `eval/NAME.json` and `runs/NAME.trec`.
 
+    Of several processes the first one writes.
+
     Args:
       job: the job.
       workdir: the run's folder.
@@ -222,6 +225,8 @@ def write(
       The record, with its name and the path of its run.
     """
     record = {"name": name, **record, "run": f"runs/{name}.trec"}
+    if not distributed.is_lead():
+        return record
     split = job.data.splits[record["split"]]
     write_trec(workdir / record["run"], split, found, job.data.target_ids, name)
     paths.write(workdir / "eval" / f"{name}.json", json.dumps(record) + "\n")
@@ -314,7 +319,7 @@ def references(job: Job, workdir: AnyPath, also: Sequence[Consumer] = ()) -> int
       Targets encoded.
     """
     split, size, encoded = job.final_split, job.size, 0
-    if job.config.eval.bm25:
+    if job.config.eval.bm25 and distributed.is_lead():
         queries = job.data.splits[split]
         found = bm25(job.data.target_texts, queries.texts, min(job.config.eval.top_k, size))
         measured = measure(queries, found, job.data.target_ids)
@@ -364,12 +369,14 @@ def _record(
 
 
 @functools.cache
-def _jit_search(place: Placement) -> Callable[..., Best]:
+def jit_search(place: Placement) -> Wrapped:
+    """`search_step`, jitted: what was found is donated, and split like the queries."""
     return place.jit_step(search_step, place.rows, donate=(0,))
 
 
 @functools.lru_cache(maxsize=4)
-def _jit_gap(method: Method, place: Placement) -> Callable[..., Gap]:
+def jit_gap(method: Method, place: Placement) -> Wrapped:
+    """`gap_step`, jitted: the sums are donated, and split like the queries."""
     step = functools.partial(gap_step, beta=method.beta, corrector=method.corrector, place=place)
     shardings = (place.rows, place.rows, place.everywhere, place.everywhere)
     out = Gap._make(shardings)  # a prefix of the tree

@@ -11,27 +11,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 
 from corrector_jax import cache as caches
 from corrector_jax import config as configs
-from corrector_jax import digest, losses, optimizer, paths, rng, snapshot, weights
+from corrector_jax import digest, paths, rng, snapshot, weights
 from corrector_jax.cache import TargetCache, TargetTokens
 from corrector_jax.data import dataset, order, sources, tokenize
 from corrector_jax.data.dataset import RetrievalData
 from corrector_jax.data.published import folder_of
 from corrector_jax.data.token_table import TokenTable, token_table
 from corrector_jax.embed import Embedder
-from corrector_jax.models import corrector as correctors
 from corrector_jax.models import pretrained
 from corrector_jax.models.bert import BertConfig
 from corrector_jax.models.dual_encoder import DualEncoder, Encoder, Projection
 from corrector_jax.models.family import Family
-from corrector_jax.negatives import InBatch, Proposal, TwoLevel, Uniform
-from corrector_jax.sharding import Placement, make_placement
-from corrector_jax.state import CorrectorState, TrainState, init_corrector, init_state
-from corrector_jax.steps.train_step import Method
+from corrector_jax.program import Program, make_program, placement
+from corrector_jax.sharding import Placement
+from corrector_jax.state import TrainState
 from corrector_jax.types import Array, PyTree, UserError
 from corrector_jax.writer import say
 
@@ -91,16 +88,14 @@ class Origin:
     tokenizer_files: dict[str, str]
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job(Program):
     """Everything that stays the same during a run.
 
     Attributes:
-      config: the configuration.
       data: targets, queries and judgements.
       dev_split: evaluated during training, and where probe queries come from.
       final_split: evaluated before and after training.
-      place: the mesh.
       tokens: the token table.
       embedder: embeds targets with the model.
       query_tokens: split name -> [n, T] int32.
@@ -113,18 +108,11 @@ class Job:
       origin: what the encoder came with.
       encoder_params: one tower's parameters at the start, on the host; None = random.
       made_by: what rows of the cache depend on beside the weights: field -> word or number.
-      model: the dual encoder.
-      method: the strategy as the step sees it.
-      learning_rate: by update.
-      tx: the task optimizer.
-      corrector_tx: the corrector's optimizer.
     """
 
-    config: ConfigDict
     data: RetrievalData
     dev_split: str
     final_split: str
-    place: Placement
     tokens: TargetTokens
     embedder: Embedder
     query_tokens: dict[str, np.ndarray]
@@ -137,26 +125,6 @@ class Job:
     origin: Origin
     encoder_params: PyTree
     made_by: dict[str, Any]
-    model: DualEncoder
-    method: Method
-    learning_rate: optax.Schedule
-    tx: optax.GradientTransformation
-    corrector_tx: optax.GradientTransformation
-
-    @property
-    def size(self) -> int:
-        """N."""
-        return self.tokens.size
-
-    @property
-    def encoded_per_step(self) -> int:
-        """Targets encoded with gradient by one training step."""
-        return int(self.config.train.batch_size * (1 + self.method.proposal.draws))
-
-    @property
-    def uses_cache(self) -> bool:
-        """Whether the strategy reads cached embeddings."""
-        return isinstance(self.method.proposal, TwoLevel)
 
     @functools.cached_property
     def refresh_policy(self) -> str:
@@ -174,39 +142,9 @@ class Job:
             digest.update("\n".join(split.query_ids).encode())
         return digest.hexdigest()
 
-    def init_corrector(self, step: int) -> CorrectorState:
-        """A corrector at the identity, for the snapshot made before step `step`."""
-        return init_corrector(
-            rng.key(self.config.seed, "corrector", step),
-            corrector=self.method.corrector,
-            tx=self.corrector_tx,
-            dim=self.model.dim,
-            ring=self.config.corrector.updates - 1 if self.method.corrector.learns else 0,
-            rows=self.encoded_per_step + self.method.uniform_rows,
-        )
-
     def init_state(self) -> TrainState:
         """Step 0, on the mesh."""
-
-        def init(params: PyTree) -> TrainState:
-            if params is None:
-                params = self.model.init(rng.key(self.config.seed, "parameters"))
-            return init_state(params, self.init_corrector(0), tx=self.tx)
-
-        params = None
-        if self.encoder_params is not None:
-            params = self.model.from_encoder_params(self.encoder_params)
-        return jax.jit(init, out_shardings=self.place.everywhere)(params)
-
-    def empty_cache(self) -> TargetCache:
-        """A cache of the right shape with nothing in it."""
-        return caches.create(
-            self.size,
-            self.model.dim,
-            dtype=self.config.cache.dtype,
-            block_rows=self.config.negatives.block_rows,
-            place=self.place,
-        )
+        return self.start(self.encoder_params)
 
     def weights_digest(self, params: PyTree) -> str:
         """Names the parameters that targets are embedded with: 64 hex digits."""
@@ -253,7 +191,7 @@ def make_job(config: ConfigDict) -> Job:
     Raises:
       UserError: data, weights and configuration do not fit together.
     """
-    place = _placement(config)
+    place = placement(config)
     data = load_data(config)
     final_split = dataset.eval_split(data, config.data.eval_split)
     if "train" not in data.splits:
@@ -266,9 +204,6 @@ def make_job(config: ConfigDict) -> Job:
         say(f"no dev split: evaluations during training and the probe use {final_split}")
     tokenization, encoder, encoder_params, origin = load_encoder(config)
     tokenizer = tokenization.tokenizer
-    model = DualEncoder(
-        encoder, shared=config.model.shared_towers, learn_beta=config.model.learn_beta
-    )
     tokens, lengths = _token_table(config, data, tokenization, place)
     query_tokens = {name: tokenization.queries(split.texts) for name, split in data.splits.items()}
     lengths_of = {
@@ -276,22 +211,16 @@ def make_job(config: ConfigDict) -> Job:
     }
     widest = max(_width(found, tokenization.query_max_len) for found in lengths_of.values())
     query_tokens = {name: table[:, :widest] for name, table in query_tokens.items()}
-    learning_rate = optimizer.schedule(
-        config.train.schedule,
-        peak=config.train.learning_rate,
-        warmup=config.train.warmup // config.train.accumulate,
-        steps=config.train.steps // config.train.accumulate,
-    )
+    program = make_program(config, encoder, tokens.size, place)
     dev_split = "dev" if "dev" in data.splits else final_split
     probe_queries, probe_ids = _probe(config, query_tokens[dev_split], tokens.size, place)
     return Job(
-        config=config,
+        **{field.name: getattr(program, field.name) for field in dataclasses.fields(program)},
         data=data,
         dev_split=dev_split,
         final_split=final_split,
-        place=place,
         tokens=tokens,
-        embedder=Embedder(model, tokens, lengths, place, config.eval.batch_size),
+        embedder=Embedder(program.model, tokens, lengths, program.place, config.eval.batch_size),
         query_tokens=query_tokens,
         query_lengths=lengths_of["train"],
         query_widths=order.bucket_widths(
@@ -318,18 +247,6 @@ def make_job(config: ConfigDict) -> Job:
             "dtype": encoder.dtype,
             "corpus": data.fingerprint(),
         },
-        model=model,
-        method=_method(config, tokens.size, encoder.normalize, place),
-        learning_rate=learning_rate,
-        tx=optimizer.task_optimizer(
-            learning_rate,
-            clip=config.train.clip,
-            weight_decay=config.train.weight_decay,
-            accumulate=config.train.accumulate,
-        ),
-        corrector_tx=optimizer.corrector_optimizer(
-            peak=config.corrector.learning_rate, warmup=config.corrector.warmup
-        ),
     )
 
 
@@ -401,26 +318,6 @@ def full_encoder(job: Job) -> tuple[Embedder, PyTree]:
     params = model.from_encoder_params(_published_params(files, published))
     embedder = dataclasses.replace(job.embedder, model=model)
     return embedder, job.place.put_everywhere(params)
-
-
-def _placement(config: ConfigDict) -> Placement:
-    if jax.process_count() > 1:
-        raise UserError(
-            "this version runs in one process: start it on one host, with all of its devices"
-        )
-    available = jax.device_count()
-    if config.mesh.devices > available:
-        raise UserError(
-            f"config.mesh.devices is {config.mesh.devices} but jax sees {available} "
-            f"{jax.devices()[0].platform} device(s): write {available} or less, or 0 for all"
-        )
-    place = make_placement(config.mesh.devices)
-    if config.train.batch_size % place.num_devices:
-        raise UserError(
-            f"config.train.batch_size is {config.train.batch_size}, which {place.num_devices} "
-            f"devices cannot share evenly: write a multiple of {place.num_devices}"
-        )
-    return place
 
 
 def load_encoder(config: ConfigDict) -> tuple[Tokenization, Encoder, PyTree, Origin]:
@@ -553,43 +450,6 @@ def _probe(
 
 def _width(lengths: np.ndarray, limit: int) -> int:
     return min(limit, -(-int(lengths.max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
-
-
-def _method(config: ConfigDict, size: int, normalize: bool, place: Placement) -> Method:
-    words = configs.chosen(config)
-    corrector = correctors.make(
-        words["corrector"], hidden=config.corrector.hidden, normalize=normalize
-    )
-    draws = config.negatives.draws
-    proposal: Proposal
-    if words["proposal"] == "two_level":
-        proposal = TwoLevel(
-            draws=draws,
-            beta=config.model.beta,
-            corrector=corrector,
-            block_rows=config.negatives.block_rows,
-            tile_rows=config.cache.tile_rows,
-            place=place,
-        )
-    elif words["proposal"] == "uniform":
-        proposal = Uniform(draws=draws, size=size)
-    else:
-        proposal = InBatch()
-    estimator = words["estimator"]
-    in_batch = words["proposal"] == "in_batch"
-    drift = {"mse": (1.0, 0.0), "kl": (0.0, 1.0), "both": (1.0, config.corrector.kl_weight)}
-    mse_weight, kl_weight = drift[config.corrector.loss]
-    return Method(
-        beta=config.model.beta,
-        proposal=proposal,
-        estimator=losses.ESTIMATORS[estimator],
-        shared=estimator == "balanced" or config.loss.shared or in_batch,
-        positives=estimator == "truncated",
-        corrector=corrector,
-        uniform_rows=config.corrector.uniform_rows if corrector.learns else 0,
-        mse_weight=mse_weight,
-        kl_weight=kl_weight,
-    )
 
 
 def _describe(data: RetrievalData) -> str:

@@ -35,6 +35,7 @@ class Lock:
         *,
         say: Callable[[str], None] = print,
         beat: float = BEAT_SECONDS,
+        lead: bool = True,
     ) -> None:
         """Takes nothing yet.
 
@@ -42,7 +43,9 @@ class Lock:
           workdir: the run's folder; made if it is not there.
           say: told when there is something to wait for.
           beat: seconds between signs of life, on an object store.
+          lead: whether this process takes it for the whole job; else it is told nothing.
         """
+        self._lead = lead
         self._workdir, self._say, self._beat = workdir, say, beat
         self._path = workdir / _NAME
         self._token = secrets.token_hex(8)
@@ -56,6 +59,8 @@ class Lock:
         Raises:
           UserError: another job has it, or the workdir cannot be written.
         """
+        if not self._lead:
+            return self
         try:
             self._workdir.mkdir(parents=True, exist_ok=True)
             if is_local(self._workdir):
@@ -70,6 +75,8 @@ class Lock:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if not self._lead:
+            return
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -84,7 +91,7 @@ class Lock:
         Raises:
           UserError: another job took the workdir over, or it is gone.
         """
-        if self._read_patiently().get("token") != self._token:
+        if self._lead and self._read_patiently().get("token") != self._token:
             raise UserError(
                 f"{self._path} is no longer this job's: another job took --workdir="
                 f"{self._workdir} over, or it was removed; stop one of the two"

@@ -11,7 +11,13 @@ Flags:
   --mode=train          train, evaluating before and after; leaves results.json and report.html
   --mode=prepare_data   fetch, write and tokenize the data of configs/nq.py and its like
   --mode=check_data     what is in the data; exits 1 where training would be wrong
+  --mode=compile        compile every step for --topology=v5e:4x4 (v4, v5p, v6e, cpu:8; empty = the
+                        devices at hand) from shapes alone; exits 1 where it does not fit
   --mode=evaluate       evaluate a checkpoint of --workdir; leaves eval/NAME.json
+  --coordinator=HOST:PORT --processes=N --process=I
+                        this process of a job of several (train, evaluate); TPU hosts and SLURM
+                        need none of them, and JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+                        JAX_PROCESS_ID say the same
   --name=NAME           of that evaluation (SPLIT-step-STEP)
   --step=STEP           which checkpoint (the newest)
   --mode=inspect        show what --workdir holds and check it against its digests
@@ -20,9 +26,11 @@ Flags:
   --mode=embed          embed the targets of --workdir, or --config.embed.path=FILE_OR_FOLDER, with
                         its newest checkpoint
 
-Exit codes: 0 done; 1 inspect found damage, or check_data what makes training wrong; 2 something to
+Exit codes: 0 done; 1 inspect found damage, check_data what makes training wrong, or compile
+that memory does not suffice; 2 something to
 mend, said in one sentence; 75 asked to stop (SIGTERM, Ctrl-C, maintenance) and saved: the same
-command goes on; 143 or 130 a second signal.
+command goes on; 76 another process of the job was lost or hangs: likewise; 143 or 130 a second
+signal.
 """
 
 from __future__ import annotations
@@ -37,13 +45,14 @@ import errno  # noqa: E402
 import inspect  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
+import traceback  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 
 from corrector_jax import config as configs  # noqa: E402
-from corrector_jax import paths  # noqa: E402
+from corrector_jax import distributed, paths  # noqa: E402
 from corrector_jax.paths import AnyPath  # noqa: E402
 from corrector_jax.preemption import EXIT_CODE, PreemptedError  # noqa: E402
 from corrector_jax.types import UserError  # noqa: E402
@@ -52,6 +61,10 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes.")
 _MODE = flags.DEFINE_string("mode", "train", "What to do.")
 _NAME = flags.DEFINE_string("name", "", "Of an evaluation.")
+_TOPOLOGY = flags.DEFINE_string("topology", "", "What to compile for.")
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes the job has.")
+_PROCESS = flags.DEFINE_integer("process", None, "Which one this is.")
 _STEP = flags.DEFINE_integer("step", None, "Which checkpoint; the newest if left out.")
 
 _MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOENT}
@@ -60,7 +73,6 @@ _MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES,
 def main(argv: list[str]) -> None:
     """Flags -> configuration -> one call."""
     logging.set_verbosity(logging.WARNING)  # what libraries tell of themselves helps nobody
-    _keep_compiled()
     if len(argv) > 1:
         raise UserError(f"{argv[1]!r} is not a flag: see --help")
     modes = {
@@ -68,12 +80,19 @@ def main(argv: list[str]) -> None:
         "evaluate": _evaluate,
         "prepare_data": _prepare_data,
         "check_data": _check_data,
+        "compile": _compile,
         "inspect": _inspect,
         "export": _export,
         "embed": _embed,
     }
     if _MODE.value not in modes:
         raise UserError(f"--mode is {_MODE.value!r}: write {', '.join(modes)}")
+    distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    if _MODE.value not in ("train", "evaluate") and not distributed.is_alone():
+        raise UserError(
+            f"--mode={_MODE.value} runs in one process: start it on one host, without --processes"
+        )
+    _keep_compiled()
     modes[_MODE.value]()
 
 
@@ -97,7 +116,7 @@ def cli() -> None:
         app.run(main, flags_parser=_parse)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(2)
     except PreemptedError as reason:
         print(f"stopped by {reason}: run the same command to go on", file=sys.stderr)
         sys.exit(EXIT_CODE)
@@ -109,7 +128,23 @@ def cli() -> None:
             "writable, then run the same command again",
             file=sys.stderr,
         )
-        sys.exit(2)
+        _fail(2)
+    except Exception as error:
+        if distributed.is_alone():
+            raise
+        if distributed.is_loss(error):
+            distributed.give_up("another process of this job cannot be reached any more")
+        traceback.print_exc()
+        _fail(1)
+
+
+def _fail(code: int) -> None:
+    """Ends the process; in a job of several at once, or it would wait for the others' end."""
+    if distributed.is_alone():
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def usage() -> str:
@@ -139,6 +174,15 @@ def _check_data() -> None:
     from corrector_jax.check_data import check_data
 
     if not check_data(*_config_and_workdir()):
+        sys.exit(1)
+
+
+def _compile() -> None:
+    from corrector_jax.compile_ahead import compile_run
+
+    config, workdir = _config_and_workdir()
+    name = re.sub(r"\W", "-", _TOPOLOGY.value or "here")
+    if not compile_run(config, _TOPOLOGY.value, workdir / "compile" / f"{name}.json"):
         sys.exit(1)
 
 

@@ -35,16 +35,23 @@ class Preemption:
       reason: what asked the run to stop; "" = nothing did.
     """
 
-    def __init__(self, *, say: Callable[[str], None] = print, notices: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        say: Callable[[str], None] = print,
+        notices: bool = False,
+        vote: Callable[[bool], bool] = bool,
+    ) -> None:
         """Listens to nothing yet.
 
         Args:
           say: told once when the run is asked to stop.
           notices: whether to ask Google Cloud's metadata server too; the variable
             GCE_METADATA_HOST names another host than the usual one.
+          vote: whether any process of the job was asked, from whether this one was.
         """
         self.reason = ""
-        self._say = say
+        self._say, self._vote = say, vote
         self._host = os.environ.get("GCE_METADATA_HOST") or (_METADATA if notices else "")
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -64,13 +71,13 @@ class Preemption:
             thread.join()
 
     def check(self) -> None:
-        """Called where nothing is lost by stopping.
+        """Called where nothing is lost by stopping, and by all processes equally often.
 
         Raises:
-          PreemptedError: the run was asked to stop.
+          PreemptedError: the run was asked to stop, on this process or another.
         """
-        if self.reason:
-            raise PreemptedError(self.reason)
+        if self._vote(bool(self.reason)):
+            raise PreemptedError(self.reason or "what another process of this job was asked")
 
     def _listen(self) -> None:
         # A handler of Python's runs between two lines of the main thread, which may be minutes

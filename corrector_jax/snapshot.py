@@ -20,9 +20,9 @@ import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
-from jax.experimental import multihost_utils
 
-from corrector_jax import paths
+from corrector_jax import cache as caches
+from corrector_jax import distributed, paths
 from corrector_jax.cache import TargetCache
 from corrector_jax.paths import AnyPath
 from corrector_jax.types import UserError
@@ -54,9 +54,9 @@ def save(
     Returns:
       The reference that `load` takes: step, and sha256 of the manifest.
     """
-    if jax.process_index() == 0:
+    if distributed.is_lead():
         paths.remove(folder)
-    _wait_for_all("the snapshot's folder is empty")
+    distributed.wait_for_all("the snapshot's folder is empty")
     files = []
     for start, rows in _pieces(cache):
         content = safetensors.numpy.save(rows)
@@ -71,9 +71,9 @@ def save(
                 "sha256": hashlib.sha256(content).hexdigest(),
             }
         )
-    if jax.process_count() > 1:
+    if not distributed.is_alone():
         files = _of_all_processes(folder, files)
-    if jax.process_index() == 0:
+    if distributed.is_lead():
         manifest = {
             "format": FORMAT,
             "step": step,
@@ -84,7 +84,7 @@ def save(
             "files": files,
         }
         paths.write(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-    _wait_for_all("the snapshot is whole")
+    distributed.wait_for_all("the snapshot is whole")
     content = (folder / "manifest.json").read_bytes()
     return {"step": step, "sha256": hashlib.sha256(content).hexdigest()}
 
@@ -271,16 +271,11 @@ def _of_all_processes(folder: AnyPath, files: list[dict[str, Any]]) -> list[dict
     """The files that all processes wrote, in the order of their rows."""
     names = [folder / f"process-{number}.json" for number in range(jax.process_count())]
     paths.write(names[jax.process_index()], json.dumps(files))
-    _wait_for_all("every process wrote its rows")
+    distributed.wait_for_all("every process wrote its rows")
     every = [entry for name in names for entry in json.loads(name.read_text())]
-    _wait_for_all("every process knows all files")
+    distributed.wait_for_all("every process knows all files")
     paths.remove(names[jax.process_index()])
     return sorted(every, key=lambda entry: int(entry["start"]))
-
-
-def _wait_for_all(what: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
 
 
 def _share(reader: _Reader, like: TargetCache, start: int, stop: int) -> dict[str, np.ndarray]:
@@ -296,8 +291,16 @@ def _share(reader: _Reader, like: TargetCache, start: int, stop: int) -> dict[st
         first, last = max(start, entry["start"]), min(stop, entry["stop"])
         if first >= last:
             continue
-        for name, array in reader.read(number).items():
-            if name in share:
-                part = array[first - entry["start"] : last - entry["start"]]
-                share[name][first - start : last - start] = part.astype(share[name].dtype)
+        held = {
+            name: array[first - entry["start"] : last - entry["start"]]
+            for name, array in reader.read(number).items()
+        }
+        if held["embeddings"].dtype != like.embeddings.dtype:
+            values = caches.read(held["embeddings"], held.pop("scale", None))
+            embeddings, scale = caches.stored(values, like.embeddings.dtype)
+            held["embeddings"] = np.asarray(embeddings)
+            if scale is not None:
+                held["scale"] = np.asarray(scale)
+        for name, array in held.items():
+            share[name][first - start : last - start] = array
     return share

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from corrector_jax import cache as caches
 from corrector_jax.cache import TargetCache
 from corrector_jax.models.corrector import Folded
-from corrector_jax.sharding import AXIS, EVERYWHERE, ROWS, Placement, local_start
+from corrector_jax.sharding import AXES, EVERYWHERE, ROWS, Placement, local_start
 from corrector_jax.types import Array, Draws, PyTree
 
 Lift = Callable[[PyTree, Array], Array]
@@ -71,6 +71,9 @@ def draw_two_level(
         per_tile = _blocks_per_tile(blocks, tile_rows // block_rows)
         tile = per_tile * block_rows
 
+        order = jnp.argsort(known.reshape(-1))
+        known_rows, known_to = known.reshape(-1)[order], order // known.shape[1]
+
         def logits_of(rows: Array) -> Array:
             return folded.queries @ rows.T + folded.offset[:, None]
 
@@ -84,9 +87,7 @@ def draw_two_level(
             out = (ids >= cache.size) | jnp.repeat(numbers < index * per_tile, block_rows)
             logits = jnp.where(out[None, :], -jnp.inf, logits)
             # Masked before the log-sum-exp: subtracting a known positive afterwards cancels.
-            columns = known - ids[0]
-            columns = jnp.where((columns >= 0) & (columns < tile), columns, tile)
-            logits = logits.at[jnp.arange(batch)[:, None], columns].set(-jnp.inf, mode="drop")
+            logits = _mask(logits, ids[0], known_rows, known_to)
             level = _logsumexp(logits.reshape(batch, per_tile, block_rows))  # [B, blocks]
             noise = jax.vmap(
                 lambda block: jax.random.gumbel(
@@ -111,42 +112,60 @@ def draw_two_level(
             level=jnp.full((batch, draws), -jnp.inf),
             log_z=jnp.full((batch,), -jnp.inf),
         )
-        nothing = jax.tree.map(lambda x: jax.lax.pcast(x, AXIS, to="varying"), nothing)
+        nothing = jax.tree.map(lambda x: jax.lax.pcast(x, AXES, to="varying"), nothing)
         mine, _ = jax.lax.scan(step, nothing, jnp.arange(tiles))
 
         # Across devices the largest value wins; a tie (both -inf) goes to the lowest block.
-        value = jax.lax.pmax(mine.value, AXIS)
+        value = jax.lax.pmax(mine.value, AXES)
         ahead = mine.value == value
-        block = jax.lax.pmin(jnp.where(ahead, mine.block, jnp.iinfo(jnp.int32).max), AXIS)
+        block = jax.lax.pmin(jnp.where(ahead, mine.block, jnp.iinfo(jnp.int32).max), AXES)
         owner = ahead & (mine.block == block)
-        level = jax.lax.psum(jnp.where(owner, mine.level, 0.0), AXIS)
+        level = jax.lax.psum(jnp.where(owner, mine.level, 0.0), AXES)
         valid = value > -jnp.inf
-        top = jax.lax.pmax(mine.log_z, AXIS)
+        top = jax.lax.pmax(mine.log_z, AXES)
         finite_top = jnp.where(top > -jnp.inf, top, 0.0)
-        log_z = finite_top + jnp.log(jax.lax.psum(jnp.exp(mine.log_z - finite_top), AXIS))
+        log_z = finite_top + jnp.log(jax.lax.psum(jnp.exp(mine.log_z - finite_top), AXES))
 
-        def draw_row(arguments: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-            """One draw of every query within its block: [B] -> ids [B], log p in the block [B]."""
-            number, block, owner = arguments
-            own = jnp.clip(block - first_block, 0, blocks - 1)
+        def draw_row(pair: Array) -> tuple[Array, Array]:
+            """A row within the winning block of each (query, draw): [n] -> ids, log p there."""
+            query = pair // draws
+            own = jnp.clip(block.reshape(-1)[pair] - first_block, 0, blocks - 1)
             here = own[:, None] * block_rows + jnp.arange(block_rows)[None, :]
-            rows = lift(params, caches.read_at(cache, here))  # [B, R, D]
-            logits = jnp.einsum("bd,brd->br", folded.queries, rows) + folded.offset[:, None]
+            rows = lift(params, caches.read_at(cache, here))  # [n, R, D]
+            logits = jnp.einsum("nd,nrd->nr", folded.queries[query], rows)
+            logits += folded.offset[query][:, None]
             ids = first_row + here
-            out = (ids >= cache.size) | (ids[:, :, None] == known[:, None, :]).any(-1)
+            out = (ids >= cache.size) | (ids[:, :, None] == known[query][:, None, :]).any(-1)
             logits = jnp.where(out, -jnp.inf, logits)
-            noise = jax.random.gumbel(
-                jax.random.fold_in(row_key, number), (batch, block_rows), mode="high"
-            )
+            noise = jax.vmap(
+                lambda number: jax.random.gumbel(
+                    jax.random.fold_in(row_key, number), (block_rows,), mode="high"
+                )
+            )(pair)
             best = jnp.argmax(logits + noise, axis=1)[:, None]
             log_prob = jnp.take_along_axis(logits, best, axis=1)[:, 0] - _logsumexp(logits)
-            chosen = jnp.take_along_axis(ids, best, axis=1)[:, 0]
-            return jnp.where(owner, chosen, 0), jnp.where(owner, log_prob, 0.0)
+            return jnp.take_along_axis(ids, best, axis=1)[:, 0], log_prob
 
-        # One draw at a time: [B, R, D] rows are alive at once, not [B, m, R, D].
-        ids, in_block = jax.lax.map(draw_row, (jnp.arange(draws), block.T, owner.T))
-        ids = jax.lax.psum(ids, AXIS).T
-        in_block = jax.lax.psum(in_block, AXIS).T
+        # Each device draws in the blocks it holds, some at a time: [n, R, D] rows are alive at
+        # once, and a device that holds none of the winners does nothing.
+        pairs = batch * draws
+        at_once = min(batch, -(-pairs // place.num_devices))
+        mine_first = jnp.argsort(~owner.reshape(-1), stable=True)
+        count = owner.sum()
+
+        def some(turn: Array, drawn: tuple[Array, Array]) -> tuple[Array, Array]:
+            at = turn * at_once + jnp.arange(at_once)
+            pair = mine_first[jnp.minimum(at, pairs - 1)]
+            there = jnp.where(at < count, pair, pairs)  # one past the end: dropped
+            found = draw_row(pair)
+            return tuple(  # type: ignore[return-value]
+                held.at[there].set(new, mode="drop") for held, new in zip(drawn, found, strict=True)
+            )
+
+        drawn = (jnp.zeros(pairs, jnp.int32), jnp.zeros(pairs, jnp.float32))
+        drawn = jax.tree.map(lambda x: jax.lax.pcast(x, AXES, to="varying"), drawn)
+        drawn = jax.lax.fori_loop(0, -(-count // at_once), some, drawn)
+        ids, in_block = (jax.lax.psum(x, AXES).reshape(batch, draws) for x in drawn)
         log_prob = level - log_z[:, None] + in_block
         return Draws(
             ids=jnp.where(valid, ids, 0),
@@ -155,9 +174,33 @@ def draw_two_level(
             log_z=log_z,
         )
 
-    return place.per_device(
+    swept = place.per_device(
         local, (EVERYWHERE, EVERYWHERE, ROWS, EVERYWHERE, EVERYWHERE), EVERYWHERE
-    )(folded, params, cache, known, (block_key, row_key))
+    )
+    with jax.named_scope("sweep"):  # by which its share of a step is found
+        return swept(folded, params, cache, known, (block_key, row_key))
+
+
+def tile_rows(
+    budget: int, *, batch: int, dim: int, hidden: int, draws: int, block_rows: int
+) -> int:
+    """How many rows a tile may have for the sweep's temporaries to stay within a budget.
+
+    Args:
+      budget: bytes on a device.
+      batch: B.
+      dim: D.
+      hidden: numbers a row passes through in the corrector.
+      draws: m.
+      block_rows: R.
+
+    Returns:
+      Rows: whole blocks, and at least one.
+    """
+    # Logits before and after the mask and as exponentials; rows as read, as corrected and squared;
+    # noise and perturbed levels of every block, with the words they are made of.
+    numbers = 3 * batch + 3 * dim + 2 * hidden + 6 * batch * draws / block_rows
+    return max(1, int(budget / (4 * numbers * block_rows))) * block_rows
 
 
 class _Best(NamedTuple):
@@ -185,6 +228,34 @@ def _better(a: _Best, b: _Best) -> _Best:
         level=jnp.where(won, b.level, a.level),
         log_z=jnp.logaddexp(a.log_z, b.log_z),
     )
+
+
+def _mask(logits: Array, first: Array, known_rows: Array, known_to: Array) -> Array:
+    """-inf where a target is known to a query.
+
+    Every tile looks at its own known positives alone: a scatter of all of them, tile by tile, would
+    be most of the work where queries have many.
+
+    Args:
+      logits: [B, tile].
+      first: scalar, the global row of the tile's first column.
+      known_rows: [n] int32 global rows in rising order; negative ones are none.
+      known_to: [n] int32, the query of each.
+
+    Returns:
+      [B, tile].
+    """
+    count, tile = len(known_rows), logits.shape[1]
+    at_once = min(count, 256)
+    low, high = jnp.searchsorted(known_rows, jnp.stack([first, first + tile]))
+
+    def some(turn: Array, logits: Array) -> Array:
+        at = low + turn * at_once + jnp.arange(at_once)
+        own = jnp.minimum(at, count - 1)
+        columns = jnp.where(at < high, known_rows[own] - first, tile)  # dropped by the scatter
+        return logits.at[known_to[own], columns].set(-jnp.inf, mode="drop")
+
+    return jax.lax.fori_loop(0, -(-(high - low) // at_once), some, logits)
 
 
 def _logsumexp(x: Array) -> Array:

@@ -21,7 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from corrector_jax import config as configs
-from corrector_jax import paths, rng
+from corrector_jax import distributed, paths, rng
 from corrector_jax.cache import TargetCache
 from corrector_jax.checkpoint import Checkpoints, Position
 from corrector_jax.data import order
@@ -35,10 +35,8 @@ from corrector_jax.preemption import PreemptedError, Preemption
 from corrector_jax.refresh import CacheWriter, is_due
 from corrector_jax.results import finish
 from corrector_jax.state import TrainState
-from corrector_jax.steps.probe_step import probe_step
-from corrector_jax.steps.train_step import train_step
 from corrector_jax.types import Array, Batch, UserError
-from corrector_jax.writer import StepLog, Writer, progress, say
+from corrector_jax.writer import Silence, StepLog, Writer, progress, say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +48,7 @@ class Run:
       workdir: the run's folder.
       lock: held while the run is alive.
       preemption: whether the run was asked to stop.
+      watch: ends this process if the others leave it waiting.
       checkpoints: checkpoints and cache snapshots.
       position: how far the run is; each part of the loop brings its own share up to date.
       writer: metrics.
@@ -61,11 +60,21 @@ class Run:
     workdir: AnyPath
     lock: Lock
     preemption: Preemption
+    watch: distributed.Watch
     checkpoints: Checkpoints
     position: Position
     writer: Writer
     log: StepLog
     started: float
+
+    def check(self) -> None:
+        """Called between two steps and two blocks, by all processes equally often.
+
+        Raises:
+          PreemptedError: the run was asked to stop.
+        """
+        self.watch.beat()
+        self.preemption.check()
 
     def add(self, ids: Array, fresh: Array) -> None:
         """Takes part in a pass over the corpus to end it when the run is asked to stop.
@@ -77,7 +86,7 @@ class Run:
         Raises:
           PreemptedError: the run was asked to stop.
         """
-        self.preemption.check()
+        self.check()
 
 
 def train(config: ConfigDict, workdir: AnyPath, *, started: float) -> AnyPath:
@@ -96,26 +105,33 @@ def train(config: ConfigDict, workdir: AnyPath, *, started: float) -> AnyPath:
         not fit, or training went wrong in a way that a user can mend.
       PreemptedError: the run was asked to stop; the same call goes on with it.
     """
-    checkpoint = config.checkpoint
-    with (
-        Preemption(say=say, notices=jax.default_backend() == "tpu") as preemption,
-        Lock(workdir, say=say) as lock,
-        Checkpoints.writable(
-            workdir,
-            keep=checkpoint.keep,
-            keep_every=checkpoint.keep_every,
-            keep_best=checkpoint.keep_best,
-        ) as checkpoints,
-    ):
-        resumes = bool(checkpoints.steps())
-        if resumes:
-            configs.refuse_other_run(config, saved_config(workdir), str(workdir))
-        elif (workdir / "results.json").exists():
-            raise UserError(
-                f"{workdir} holds the results of a run but none of its checkpoints: put "
-                "checkpoints/ back, or name another --workdir"
+    checkpoint, lead = config.checkpoint, distributed.is_lead()
+    notices = jax.default_backend() == "tpu"
+    with contextlib.ExitStack() as open_while_it_runs:
+        enter = open_while_it_runs.enter_context
+        preemption = enter(Preemption(say=say, notices=notices, vote=distributed.Vote()))
+        watch = enter(distributed.Watch(config.mesh.timeout))
+        with distributed.same_fate():
+            lock = enter(Lock(workdir, say=say, lead=lead))
+        with distributed.same_fate():
+            checkpoints = enter(
+                Checkpoints.writable(
+                    workdir,
+                    keep=checkpoint.keep,
+                    keep_every=checkpoint.keep_every,
+                    keep_best=checkpoint.keep_best,
+                )
             )
-        job = make_job(config)
+            resumes = bool(checkpoints.steps())
+            if resumes:
+                configs.refuse_other_run(config, saved_config(workdir), str(workdir))
+            elif (workdir / "results.json").exists():
+                raise UserError(
+                    f"{workdir} holds the results of a run but none of its checkpoints: put "
+                    "checkpoints/ back, or name another --workdir"
+                )
+        with distributed.same_fate():
+            job = make_job(config)
         preemption.check()
         state = job.init_state()
         cache = job.empty_cache() if job.uses_cache else None
@@ -125,15 +141,19 @@ def train(config: ConfigDict, workdir: AnyPath, *, started: float) -> AnyPath:
                 state, cache, data=job.fingerprint, made_by=job.made_by, say=say, set_aside=True
             )
             say(f"resumed {workdir} at step {position.step:,}")
-        paths.write(workdir / "config.json", configs.to_json(config))
         started -= position.seconds
-        with Writer(
-            workdir,
-            step=position.step,
-            size=position.metrics,
-            started=started,
-            tensorboard=config.log.tensorboard,
-        ) as writer:
+        with distributed.same_fate():
+            writer: Writer = Silence()
+            if lead:
+                paths.write(workdir / "config.json", configs.to_json(config))
+                writer = Writer(
+                    workdir,
+                    step=position.step,
+                    size=position.metrics,
+                    started=started,
+                    tensorboard=config.log.tensorboard,
+                )
+        with writer:
             log = StepLog(
                 writer,
                 every=config.log.every,
@@ -141,13 +161,19 @@ def train(config: ConfigDict, workdir: AnyPath, *, started: float) -> AnyPath:
                 saved=position.log,
                 on_skipped=functools.partial(skipped, job, workdir, position),
             )
-            run = Run(job, workdir, lock, preemption, checkpoints, position, writer, log, started)
+            run = Run(
+                job, workdir, lock, preemption, watch, checkpoints, position, writer, log, started
+            )
             if not resumes:
                 cache = before(run, state, cache)
                 save(run, state)
             state, cache = loop(run, state, cache)
             after(run, state, cache)
-        return finish(job, state.params, workdir, position, started)
+        params = job.place.fetch(state.params)
+        if lead:
+            finish(job, params, workdir, position, started)
+        distributed.wait_for_all("the run is over")
+        return workdir / "report.html"
 
 
 def loop(
@@ -167,7 +193,7 @@ def loop(
       PreemptedError: the run was asked to stop; everything up to here is saved.
     """
     job, config, position = run.job, run.job.config, run.position
-    step_fn, probe_fn = compile_steps(job)
+    step_fn, probe_fn = job.train_step(), job.probe_step()
     # All at once: computed in the loop, each would queue behind the step and wait for it.
     updates = np.arange(config.train.steps // config.train.accumulate)
     rates = np.asarray(jax.vmap(job.learning_rate)(updates))
@@ -235,7 +261,7 @@ def between(
         do again from its beginning.
     """
     config, position, step = run.job.config, run.position, run.position.step
-    run.preemption.check()
+    run.check()
     ends, every = step == config.train.steps, config.eval.every
     if every and step and step % every == 0 and not ends and str(step) not in position.dev:
         position.dev[str(step)] = during(run, state, cache)
@@ -272,6 +298,21 @@ def skipped(job: Job, workdir: AnyPath, position: Position, step: int) -> None:
       UserError: there are more of them than `train.max_skipped`.
     """
     position.skipped.append(step)
+    path = workdir / "skipped" / f"{step}.json"
+    if distributed.is_lead():
+        keep_batch(job, path, step)
+    say(f"WARNING: step {step:,} was skipped: its loss or gradients were not finite ({path})")
+    count, most = len(position.skipped), job.config.train.max_skipped
+    if count > most:
+        raise UserError(
+            f"loss or gradients were not finite at {count} steps, more than config.train."
+            f"max_skipped={most}; the last batch is in {path}: train anew with a lower "
+            "config.train.learning_rate, or resume with a larger config.train.max_skipped"
+        )
+
+
+def keep_batch(job: Job, path: AnyPath, step: int) -> None:
+    """Writes which queries and positives the batch before `step` had."""
     batch, split = make_batch(job, step - 1), job.data.splits["train"]
     rows = order.batch_rows(
         step - 1,
@@ -284,50 +325,12 @@ def skipped(job: Job, workdir: AnyPath, position: Position, step: int) -> None:
         "queries": [split.query_ids[row] for row in rows],
         "positives": [job.data.target_ids[row] for row in np.asarray(batch.positive)],
     }
-    path = workdir / "skipped" / f"{step}.json"
     paths.write(path, json.dumps(record, indent=2) + "\n")
-    say(f"WARNING: step {step:,} was skipped: its loss or gradients were not finite ({path})")
-    count, most = len(position.skipped), job.config.train.max_skipped
-    if count > most:
-        raise UserError(
-            f"loss or gradients were not finite at {count} steps, more than config.train."
-            f"max_skipped={most}; the last batch is in {path}: train anew with a lower "
-            "config.train.learning_rate, or resume with a larger config.train.max_skipped"
-        )
-
-
-def compile_steps(job: Job) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The train step and the probe step, jitted for the job's mesh; state and cache are donated."""
-    place = job.place
-    step_fn = place.jit_step(
-        functools.partial(
-            train_step,
-            model=job.model,
-            method=job.method,
-            tx=job.tx,
-            corrector_tx=job.corrector_tx,
-            place=place,
-        ),
-        (place.everywhere, place.rows, place.everywhere),
-        donate=(0, 1),
-    )
-    probe_fn = place.jit_step(
-        functools.partial(
-            probe_step,
-            beta=job.method.beta,
-            model=job.model,
-            corrector=job.method.corrector,
-            place=place,
-        ),
-        (place.everywhere, place.everywhere),
-        donate=(0,),
-    )
-    return step_fn, probe_fn
 
 
 def place_batch(job: Job, step: int) -> Batch:
-    """The batch of a step on the devices, its first axis split over them."""
-    placed: Batch = jax.device_put(make_batch(job, step), job.place.rows)
+    """The batch of a step on the devices, its examples split over them."""
+    placed: Batch = job.place.put(make_batch(job, step), job.place.examples)
     return placed
 
 
@@ -357,9 +360,10 @@ def before(run: Run, state: TrainState, cache: TargetCache | None) -> TargetCach
       The filled cache.
     """
     job, position = run.job, run.position
-    paths.remove(run.workdir / "eval")  # of a run that never got to step 0
+    if distributed.is_lead():
+        paths.remove(run.workdir / "eval")  # of a run that never got to step 0
     position.ledger["evaluation"] += references(job, run.workdir, also=[run])
-    run.preemption.check()
+    run.check()
     fill: list[Consumer] = [run]
     corpus, psi = "full", None
     if cache is not None and job.config.cache.path:
@@ -435,7 +439,7 @@ def probe(
 
     Args:
       run: the run; its ledger counts the probe's targets.
-      probe_fn: of `compile_steps`.
+      probe_fn: the jitted probe step.
       state: taken over.
       cache: the cache.
 

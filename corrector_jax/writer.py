@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from corrector_jax import paths
+from corrector_jax import distributed, paths
 from corrector_jax.metrics import Mean, means
 from corrector_jax.paths import AnyPath
 from corrector_jax.preemption import PreemptedError
@@ -115,6 +115,23 @@ class Writer:
             self._file.close()
             if self._scratch is not None:
                 self._scratch.cleanup()
+
+
+class Silence(Writer):
+    """The writer of a process that is not the first: the same calls, and nothing is written."""
+
+    def __init__(self) -> None:
+        pass
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Writes nothing."""
+
+    def sync(self) -> int:
+        """0 bytes."""
+        return 0
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        pass
 
 
 class _Events:
@@ -246,7 +263,9 @@ class StepLog:
 
 
 def say(text: str) -> None:
-    """One line on standard output, above a progress bar if one is shown."""
+    """One line on standard output, above a progress bar if one is shown; the first process's."""
+    if not distributed.is_lead():
+        return
     tqdm.write(text)
     sys.stdout.flush()
 
@@ -266,6 +285,10 @@ def progress(label: str, total: int, unit: str, done: int = 0) -> Iterator[Calla
     Yields:
       advance(count, note=""): tells that `count` more are done.
     """
+    if not distributed.is_lead():
+        yield lambda count, note="": None
+        return
+
     if sys.stderr.isatty():
         with tqdm(
             total=total, initial=done, desc=label, unit=f" {unit}", dynamic_ncols=True, leave=True

@@ -61,7 +61,7 @@ def test_a_bad_value_ends_with_code_2_one_line_and_no_traceback():
         ([QUICKSTART, "--config.train.steps=0"], "config.train.steps is 0: write 1 or more"),
         ([QUICKSTART, "--config.train.steps=many"], "--config.train.steps=many"),
         ([], "--config is missing"),
-        ([QUICKSTART, "--mode=dance"], "write train, evaluate, prepare_data, check_data, inspect"),
+        ([QUICKSTART, "--mode=dance"], "write train, evaluate, prepare_data, check_data, compile"),
         (["--mode=evaluate", "--workdir=/nowhere/at/all"], "config.json"),
         ([QUICKSTART, f"--workdir={ROOT / 'setup.py'}/run"], "--workdir"),
     ):

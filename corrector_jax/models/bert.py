@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from corrector_jax.models.family import Place, check_sizes, number, only
+from corrector_jax.models.family import Axes, Place, check_sizes, number, only
 from corrector_jax.models.layers import attend, checked, gelu
 from corrector_jax.types import Array, ArrayLike
 
@@ -30,6 +30,16 @@ _DENSE = {
     "down": "output.dense",
 }
 _NORMS = {"attention_norm": "attention.output.LayerNorm", "norm": "output.LayerNorm"}
+
+AXES = {
+    r"embeddings/(word|position|type)": (None, "width"),
+    r"(query|key|value)/kernel": ("width", "heads"),
+    r"(query|key|value)/bias": ("heads",),
+    r"output/kernel": ("heads", "width"),
+    r"up/kernel": ("width", "inner"),
+    r"up/bias": ("inner",),
+    r"down/kernel": ("inner", "width"),
+}
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,10 @@ class BertConfig:
     def module(self, dtype: DTypeLike) -> Bert:
         """The encoder, tokens [B, T] -> [B, T, D] in `dtype`."""
         return Bert(self, dtype)
+
+    def axes(self) -> Axes:
+        """What the axes of the large parameters are."""
+        return AXES
 
     def places(self) -> Iterator[Place]:
         """Every parameter of `Bert`."""

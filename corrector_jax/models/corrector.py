@@ -42,6 +42,10 @@ class Identity:
 
     learns = False
 
+    def width(self, dim: int) -> int:
+        """Numbers a row passes through on the way, beside its D: none."""
+        return 0
+
     def init(self, key: Array, dim: int) -> PyTree:
         """No parameters: an empty tree. `key` and `dim` are not used."""
         return {}
@@ -71,6 +75,10 @@ class Linear:
     """
 
     learns = True
+
+    def width(self, dim: int) -> int:
+        """Numbers a row passes through on the way, beside its D: none."""
+        return 0
 
     def init(self, key: Array, dim: int) -> PyTree:
         """W = b = 0: the identity. `key` is not used."""
@@ -117,9 +125,13 @@ class Mlp:
 
     learns = True
 
+    def width(self, dim: int) -> int:
+        """Numbers a row passes through on the way, beside its D: the hidden layer."""
+        return self.hidden or dim
+
     def init(self, key: Array, dim: int) -> PyTree:
         """W1 ~ N(0, 1/D), W2 = b2 = 0: the identity, with a gradient that reaches W2 at once."""
-        hidden = self.hidden or dim
+        hidden = self.width(dim)
         return {
             "inner": {
                 "kernel": jax.random.normal(key, (dim, hidden)) / jnp.sqrt(dim),

@@ -11,11 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from corrector_jax.models.family import Family
+from corrector_jax.models.family import Axes, Family
 from corrector_jax.types import Array, ArrayLike, PyTree, UserError
 
 POOLINGS = ("mean", "cls", "last")
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"identity": lambda x: x, "tanh": jnp.tanh}
+
+Encode = Callable[[PyTree, Array], Array]
+"""(parameters of a tower, tokens [n, T]) -> embeddings [n, D] or states, text by text."""
 
 BETA_SPEED = 100.0
 """A learned log beta moves so many times as fast as the learning rate, which is made for weights:
@@ -105,6 +108,15 @@ class Encoder(nn.Module):
         return x
 
 
+def rematerialised(encode: Encode) -> Encode:
+    """The same function, whose backward pass keeps the products with weights and makes the rest.
+
+    Attention's logits, activations and norms are computed again: far less memory for little work.
+    """
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(encode, policy=policy)
+
+
 @dataclass(frozen=True)
 class DualEncoder:
     """Two towers of one shape. Parameters go in and vectors come out; nothing is held here.
@@ -116,11 +128,14 @@ class DualEncoder:
       learn_beta: whether the inverse temperature is learned. It then is the configured beta times
         `beta_ratio`, by which queries are scaled: every logit everywhere is <f(x), g(y)> times the
         configured beta, so selection, loss and divergences all see the learned one.
+      wrap: what a tower is put through before it is applied, such as `rematerialised`: memory
+        and placement, never results.
     """
 
     encoder: Encoder
     shared: bool = True
     learn_beta: bool = False
+    wrap: Callable[[Encode], Encode] = lambda encode: encode
 
     @property
     def dim(self) -> int:
@@ -168,5 +183,13 @@ class DualEncoder:
         """g: [B, T] integer tokens -> [B, D] float32."""
         return self._encode(params["shared" if self.shared else "target"], tokens)
 
+    def axes(self) -> Axes:
+        """What the axes of the large parameters are, for those who split them."""
+        projection = {"projection/kernel": ("width", None)} if self.encoder.project else {}
+        return {**self.encoder.config.axes(), **projection}
+
     def _encode(self, tree: PyTree, tokens: ArrayLike) -> Array:
-        return cast(Array, self.encoder.apply({"params": tree}, tokens))
+        def encode(tree: PyTree, tokens: Array) -> Array:
+            return cast(Array, self.encoder.apply({"params": tree}, tokens))
+
+        return self.wrap(encode)(tree, jnp.asarray(tokens))

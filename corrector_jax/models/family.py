@@ -38,6 +38,10 @@ class Place:
     copies: tuple[str, ...] = ()
 
 
+Axes = Mapping[str, tuple[str | None, ...]]
+"""Pattern of how a leaf's path ends -> "width" (D), "heads", "inner" or None for each axis."""
+
+
 class Placed(Protocol):
     """What has published weights: an encoder, or a reader.
 
@@ -50,6 +54,10 @@ class Placed(Protocol):
 
     def places(self) -> Iterator[Place]:
         """Every parameter of the module, once; the table of words is the first."""
+        ...
+
+    def axes(self) -> Axes:
+        """What the axes of the large parameters are, for those who split them."""
         ...
 
 

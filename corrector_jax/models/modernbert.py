@@ -15,12 +15,20 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from corrector_jax.models.family import Place, check_sizes, number, only
+from corrector_jax.models.family import Axes, Place, check_sizes, number, only
 from corrector_jax.models.layers import attend, checked, gelu, rotate
 from corrector_jax.types import Array, ArrayLike, UserError
 
 _init = nn.initializers.normal(0.02)
 _KINDS = ("full_attention", "sliding_attention")
+
+AXES = {
+    r"word": (None, "width"),
+    r"qkv/kernel": ("width", "heads"),
+    r"output/kernel": ("heads", "width"),
+    r"up/kernel": ("width", "inner"),
+    r"down/kernel": ("inner", "width"),
+}
 
 
 @dataclass(frozen=True)
@@ -137,6 +145,10 @@ class ModernBertConfig:
     def module(self, dtype: DTypeLike) -> ModernBert:
         """The encoder, tokens [B, T] -> [B, T, D] in `dtype`."""
         return ModernBert(self, dtype)
+
+    def axes(self) -> Axes:
+        """What the axes of the large parameters are."""
+        return AXES
 
     def places(self) -> Iterator[Place]:
         """Every parameter of `ModernBert`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from corrector_jax.models import decoding
-from corrector_jax.models.family import Place, check_sizes, number, only
+from corrector_jax.models.dual_encoder import Encode
+from corrector_jax.models.family import Axes, Place, check_sizes, number, only
 from corrector_jax.models.t5 import T5, Memory, T5Config, T5Decoder
 from corrector_jax.types import Array, ArrayLike, PyTree
 
@@ -90,6 +91,11 @@ class ReaderConfig:
             "eos_token_id": self.end_id,
         }
 
+    def axes(self) -> Axes:
+        """What the axes of the large parameters are, of both halves."""
+        head: Axes = {} if self.tied else {"head": (None, "width")}
+        return {**self.encoder.axes(), **head}
+
     def places(self) -> Iterator[Place]:
         """Every parameter of a `Reader`."""
         # Some conversions publish the table of words once for each of its uses.
@@ -127,16 +133,19 @@ class Reader:
     Attributes:
       config: the sizes.
       dtype: what dense layers and attention compute in; parameters, softmax, norms, the residual
-        sum and everything that comes out are float32 always.
+        sum and likelihoods are float32 always.
+      wrap: what encoding, (parameters, tokens [n, S]) -> states [n, S, D], is put through before it
+        is applied, as for `DualEncoder`: memory and placement, never results.
     """
 
     config: ReaderConfig
     dtype: DTypeLike = jnp.float32
+    wrap: Callable[[Encode], Encode] = lambda encode: encode
 
     def init(self, key: Array) -> PyTree:
         """Random parameters, float32: `encoder`, those of `T5`, `decoder`, and `head` if untied."""
-        tokens = jnp.zeros((1, 1, 1), jnp.int32)
-        return self._module().init(key, tokens, tokens[0])["params"]
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        return self._module().init(key, tokens, tokens)["params"]
 
     def encode(self, params: PyTree, tokens: ArrayLike) -> Passages:
         """Encodes passages, each by itself.
@@ -151,7 +160,11 @@ class Reader:
         Raises:
           ValueError: S is larger than the `max_positions` of the encoder.
         """
-        return self._call("encode", params, tokens)
+        tokens = jnp.asarray(tokens)
+        encode = self.wrap(functools.partial(self._call, "encode"))
+        states = encode(params, tokens.reshape(-1, tokens.shape[-1]))
+        here = tokens != self.config.encoder.pad_id
+        return Passages(states.reshape(*tokens.shape, -1), here)
 
     def logits(self, params: PyTree, passages: Passages, answers: ArrayLike) -> Array:
         """Of every word at every place of an answer, all passages fused.
@@ -261,14 +274,10 @@ class _Module(nn.Module):
             self.head = self.param("head", start, (c.encoder.vocab_size, width))
 
     def __call__(self, tokens: Array, answers: Array) -> Array:
-        return self.logits(*_fuse(self.encode(tokens)), answers)
+        return self.logits(self.encode(tokens), tokens != self.config.encoder.pad_id, answers)
 
-    def encode(self, tokens: ArrayLike) -> Passages:
-        tokens = jnp.asarray(tokens)
-        batch, count, length = tokens.shape
-        states = self.encoder(tokens.reshape(batch * count, length))
-        here = tokens != self.config.encoder.pad_id
-        return Passages(states.reshape(batch, count, length, -1), here)
+    def encode(self, tokens: Array) -> Array:
+        return self.encoder(tokens)
 
     def memories(self, states: Array) -> list[Memory]:
         return self.decoder.memories(states)

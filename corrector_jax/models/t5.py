@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from corrector_jax.models.family import Place, check_sizes, number, only
+from corrector_jax.models.family import Axes, Place, check_sizes, number, only
 from corrector_jax.models.layers import attend, attend_where, checked
 from corrector_jax.types import Array, ArrayLike
 
@@ -29,6 +29,14 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "gelu": functools.partial(jax.nn.gelu, approximate=True),
     "silu": jax.nn.silu,
+}
+
+AXES = {
+    r"word": (None, "width"),
+    r"(query|key|value)/kernel": ("width", "heads"),
+    r"output/kernel": ("heads", "width"),
+    r"(up|gate)/kernel": ("width", "inner"),
+    r"down/kernel": ("inner", "width"),
 }
 
 
@@ -115,6 +123,10 @@ class T5Config:
     def module(self, dtype: DTypeLike) -> T5:
         """The encoder, tokens [B, T] -> [B, T, D] in `dtype`."""
         return T5(self, dtype)
+
+    def axes(self) -> Axes:
+        """What the axes of the large parameters are."""
+        return AXES
 
     def places(self) -> Iterator[Place]:
         """Every parameter of `T5`."""

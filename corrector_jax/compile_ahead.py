@@ -1,0 +1,383 @@
+"""Proof before the pod is rented: every step compiled from shapes alone, for a named topology.
+
+Nothing is downloaded, no data is read and no device need be there: XLA's TPU compiler runs on any
+Linux machine. What it says of memory is what a run would take.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from corrector_jax import chips, hlo, paths
+from corrector_jax.cache import TargetCache, TargetTokens
+from corrector_jax.chips import Chip
+from corrector_jax.data.published import CORPORA, QUERIES
+from corrector_jax.embed import jit_embed
+from corrector_jax.evaluate import jit_gap, jit_search
+from corrector_jax.job import load_encoder
+from corrector_jax.models import pretrained
+from corrector_jax.models.dual_encoder import Encoder, Projection
+from corrector_jax.models.sizes import SIZES
+from corrector_jax.paths import AnyPath
+from corrector_jax.program import Program, make_program, placement
+from corrector_jax.state import TrainState
+from corrector_jax.steps.eval_step import Best, Gap
+from corrector_jax.types import Array, Batch, PyTree, UserError
+from corrector_jax.writer import say
+
+RESERVED = 0.03
+"""Share of a device's memory that programs cannot have: the runtime's own."""
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What one step costs one device.
+
+    Attributes:
+      name: of the step.
+      resident: bytes of what lives there during the run and is no argument of this step.
+      arguments: bytes of its arguments.
+      temporaries: bytes that it needs while it runs, results that reuse no argument among them.
+      cost: its work.
+      floor: part of the device -> the least seconds it needs.
+      seconds: that compiling took.
+    """
+
+    name: str
+    resident: int
+    arguments: int
+    temporaries: int
+    cost: hlo.Cost
+    floor: dict[str, float]
+    seconds: float
+
+    @property
+    def peak(self) -> int:
+        """Bytes that must be there at once."""
+        return self.resident + self.arguments + self.temporaries
+
+    def record(self) -> dict[str, Any]:
+        """As JSON."""
+        collectives = {
+            kind: {"count": found.count, "bytes": found.bytes, "sent": found.sent}
+            for kind, found in self.cost.collectives.items()
+        }
+        largest = self.cost.largest
+        return {
+            "bytes": {
+                "resident": self.resident,
+                "arguments": self.arguments,
+                "temporaries": self.temporaries,
+                "peak": self.peak,
+            },
+            "flops": self.cost.flops,
+            "flops_of_sweep": self.cost.flops_of["sweep"],
+            "bytes_moved": self.cost.bytes,
+            "collectives": collectives,
+            "largest_collective": largest and {"shape": largest.shape, "bytes": largest.bytes},
+            "floor_seconds": self.floor,
+            "loops_of_unknown_length": list(self.cost.unknown_loops),
+            "compile_seconds": round(self.seconds, 1),
+        }
+
+
+def compile_run(config: ConfigDict, topology: str, output: AnyPath) -> bool:
+    """Compiles the steps of a run, prints what each costs a device, and writes it as JSON.
+
+    Args:
+      config: validated.
+      topology: a name of `chips.topology`, or "" for the devices at hand.
+      output: the JSON file.
+
+    Returns:
+      Whether every step fits a device's memory; True where that memory is not known.
+
+    Raises:
+      UserError: the topology, the encoder or N is not known.
+    """
+    if topology:
+        devices, chip = chips.topology(topology)
+    else:
+        devices = list(jax.devices())
+        chip = chips.of(devices[0])
+    place = placement(config, devices)
+    encoder = find_encoder(config)
+    program = make_program(config, encoder, count_targets(config), place)
+    say(
+        f"{len(devices)} devices ({topology or chip.name}), mesh data x fsdp x tensor = "
+        f"{' x '.join(str(n) for n in place.mesh.shape.values())}; {program.size:,} targets x "
+        f"{encoder.dim}, {config.train.batch_size} queries x {1 + program.method.proposal.draws} "
+        "targets a step"
+    )
+    fits, steps = True, []
+    for name, lowered, resident in lower_steps(program):
+        say(f"compiling the {name} step")
+        with chips.compiling(devices):
+            found = measure(name, lowered, resident, chip)
+        if isinstance(found, str):
+            say(f"  does not fit: {found}")
+            fits = False
+            continue
+        steps.append(found)
+        fits &= _fits(found, chip)
+        say("\n".join(f"  {line}" for line in describe(found, chip)))
+    say("it fits" if fits else "it does not fit: " + advise(config))
+    record = {
+        "topology": topology or chip.name,
+        "devices": len(devices),
+        "mesh": dict(place.mesh.shape),
+        "targets": program.size,
+        "chip": dataclasses.asdict(chip),
+        "fits": fits,
+        "steps": {step.name: step.record() for step in steps},
+        "config": config.to_dict(),
+    }
+    paths.write(output, json.dumps(record, indent=2) + "\n")
+    say(f"written: {output}")
+    return fits
+
+
+def count_targets(config: ConfigDict) -> int:
+    """N: of the configuration, or of the published set it names.
+
+    Raises:
+      UserError: neither says.
+    """
+    published = config.data.published
+    if config.compile.targets:
+        return int(config.compile.targets)
+    if not published:
+        raise UserError(
+            "config.compile.targets is 0 and config.data.published is empty: write how many "
+            "targets there are, as in --config.compile.targets=1000000"
+        )
+    passages = CORPORA[QUERIES[published].corpus].passages
+    return min(config.data.max_targets or passages, passages)
+
+
+def find_encoder(config: ConfigDict) -> Encoder:
+    """The encoder that a configuration names, by its known sizes where its weights are not at hand.
+
+    Raises:
+      UserError: it is neither known nor at hand.
+    """
+    model = config.model
+    if model.weights not in SIZES:
+        return load_encoder(config)[1]
+    known = SIZES[model.weights]
+    dim = model.projection or known.projection
+    return Encoder(
+        config=pretrained.encoder_config(known.config, layers=model.layers),
+        pooling=model.pooling or known.pooling,
+        normalize={"": known.normalize, "yes": True, "no": False}[model.normalize],
+        dtype=model.dtype,
+        project=Projection(dim, bias=False) if dim else None,
+    )
+
+
+def lower_steps(program: Program) -> list[tuple[str, Callable[[], Any], int]]:
+    """Every step of a run: its name, what lowers it from shapes, and bytes that live beside it.
+
+    Args:
+      program: the program.
+
+    Returns:
+      The steps in the order a run meets them.
+    """
+    config, place = program.config, program.place
+    data, plan = config.data, config.compile
+    everywhere, dim = place.everywhere, program.model.dim
+
+    def array(shape: tuple[int, ...], dtype: Any, sharding: Any = everywhere) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    rows = place.pad(program.size, config.negatives.block_rows)
+    state = abstract_state(program)
+    tokens = TargetTokens(
+        array((rows, data.target_max_len or 512), jnp.uint16, place.rows), program.size, ""
+    )
+    cache = None
+    if program.uses_cache:
+        int8 = config.cache.dtype == "int8"
+        cache = TargetCache(
+            embeddings=array((rows, dim), config.cache.dtype, place.rows),
+            scale=array((rows,), jnp.float32, place.rows) if int8 else None,
+            written_at=array((rows,), jnp.int32, place.rows),
+            size=program.size,
+        )
+    count = config.train.batch_size
+    batch = Batch(
+        query_tokens=array((count, data.query_max_len or 512), jnp.int32, place.examples),
+        positive=array((count,), jnp.int32, place.examples),
+        known=array((count, plan.known), jnp.int32, place.examples),
+        valid=array((count,), jnp.bool_, place.examples),
+    )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = array(key.shape, key.dtype)
+    block, queries = place.pad(config.eval.batch_size), place.pad(plan.queries)
+    ids = array((block,), jnp.int32)
+    fresh, asked = array((block, dim), jnp.float32), array((queries, dim), jnp.float32, place.rows)
+    best = _placed(jax.eval_shape(functools.partial(Best.empty, queries, config.eval.top_k)), asked)
+    held = held_bytes((state, cache, tokens))
+
+    def beside(*arguments: PyTree) -> int:
+        return held - held_bytes(arguments)
+
+    steps: list[tuple[str, Callable[[], Any], int]] = [
+        (
+            "embed",
+            lambda: jit_embed(program.model, place).lower(
+                state.params, tokens, ids, length=tokens.ids.shape[1]
+            ),
+            beside(state.params, tokens),
+        ),
+        ("search", lambda: jit_search(place).lower(best, asked, fresh, ids), held),
+        (
+            "train",
+            lambda: program.train_step().lower(state, cache, tokens, batch, key),
+            beside(state, cache, tokens),
+        ),
+    ]
+    if cache is not None:
+        probe_queries = array(
+            (config.corrector.probe_queries, data.query_max_len or 512), jnp.int32
+        )
+        probe_ids = array((config.corrector.probe_targets,), jnp.int32)
+        gap = jax.eval_shape(functools.partial(Gap.empty, queries))
+        gap = Gap(
+            _placed(gap.stale, asked),
+            _placed(gap.corrected, asked),
+            _placed(gap.drift, fresh),
+            _placed(gap.corrected_error, fresh),
+        )
+        steps += [
+            (
+                "probe",
+                lambda: program.probe_step().lower(state, cache, tokens, probe_queries, probe_ids),
+                beside(state, cache, tokens),
+            ),
+            (
+                "gap",
+                lambda: jit_gap(program.method, place).lower(
+                    gap, asked, fresh, ids, cache, state.corrector.gated
+                ),
+                beside(cache),
+            ),
+        ]
+    return steps
+
+
+def abstract_state(program: Program) -> TrainState:
+    """The training state as shapes on the mesh."""
+    return _on(jax.eval_shape(lambda: program.initial(None)), program.state_sharding)
+
+
+def held_bytes(tree: PyTree) -> int:
+    """Bytes that one device holds of arrays or shapes with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def measure(name: str, lower: Callable[[], Any], resident: int, chip: Chip) -> Compiled | str:
+    """Compiles one step.
+
+    Args:
+      name: of the step.
+      lower: gives what `jax.jit(...).lower(...)` gives.
+      resident: bytes that live beside it.
+      chip: what it is compiled for.
+
+    Returns:
+      What it costs, or the compiler's own words where it needs more memory than there is.
+    """
+    started = time.monotonic()
+    try:
+        compiled = lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return " ".join(str(error).split())[:300]
+    memory = compiled.memory_analysis()
+    cost = hlo.cost(compiled.as_text(), scopes=("sweep",))
+    return Compiled(
+        name=name,
+        resident=resident,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes,
+        cost=cost,
+        floor=chips.floor_seconds(cost, chip),
+        seconds=time.monotonic() - started,
+    )
+
+
+def describe(step: Compiled, chip: Chip) -> list[str]:
+    """Lines for a terminal: memory, work, what moves between devices, the floor of the time."""
+    of = f" of {chip.memory_bytes / _GIB:.1f}" if chip.memory_bytes else ""
+    lines = [
+        f"memory  {step.peak / _GIB:.2f}{of} GiB a device: {step.arguments / _GIB:.2f} arguments, "
+        f"{step.temporaries / _GIB:.2f} temporaries, {step.resident / _GIB:.2f} beside it",
+        f"work    {step.cost.flops / 1e12:.3f} TFLOP, {step.cost.bytes / 1e9:.2f} GB moved",
+    ]
+    if sweep := step.cost.flops_of["sweep"]:
+        lines[-1] += f"; the sweep {sweep / step.cost.flops:.1%} of the FLOPs"
+    if step.cost.collectives:
+        moved = ", ".join(
+            f"{found.count:.0f} {kind} of {found.bytes / 1e6:.1f} MB"
+            for kind, found in step.cost.collectives.items()
+        )
+        lines.append(f"network {moved}")
+    if step.floor:
+        parts = ", ".join(f"{part} {seconds * 1e3:.1f}" for part, seconds in step.floor.items())
+        slowest = chips.binding(step.floor)
+        lines.append(f"floor   {step.floor[slowest] * 1e3:.1f} ms ({slowest}; {parts})")
+    return lines
+
+
+def advise(config: ConfigDict) -> str:
+    """What to change where memory does not suffice, the cheapest first."""
+    steps = []
+    if config.model.dtype != "bfloat16":
+        steps.append("--config.model.dtype=bfloat16")
+    if not config.train.remat:
+        steps.append("--config.train.remat=True")
+    chunk = (config.train.chunk or config.train.batch_size * (1 + config.negatives.draws)) // 2
+    steps.append(f"--config.train.chunk={chunk}")
+    if config.cache.dtype != "int8":
+        smaller = "bfloat16" if config.cache.dtype == "float32" else "int8"
+        steps.append(f"--config.cache.dtype={smaller}")
+    steps.append("a wider --config.mesh.fsdp, or more devices")
+    return "try, in this order, " + ", ".join(steps)
+
+
+def _fits(step: Compiled, chip: Chip) -> bool:
+    return chip.memory_bytes is None or step.peak <= (1 - RESERVED) * chip.memory_bytes
+
+
+def _on(tree: PyTree, shardings: PyTree) -> Any:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )
+
+
+def _placed(tree: PyTree, like: Array) -> Any:
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like.sharding), tree
+    )

@@ -1,0 +1,280 @@
+"""What is compiled: all that follows from a configuration, an encoder and N, without data."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jax.stages import Wrapped
+from ml_collections import ConfigDict
+
+from corrector_jax import cache as caches
+from corrector_jax import config as configs
+from corrector_jax import losses, optimizer, rng, sweep
+from corrector_jax.cache import TargetCache
+from corrector_jax.models import corrector as correctors
+from corrector_jax.models.dual_encoder import DualEncoder, Encode, Encoder, rematerialised
+from corrector_jax.negatives import InBatch, Proposal, TwoLevel, Uniform
+from corrector_jax.sharding import Placement, make_placement, rules_of
+from corrector_jax.state import CorrectorState, TrainState, init_corrector, init_state
+from corrector_jax.steps.probe_step import probe_step
+from corrector_jax.steps.train_step import Method, train_step
+from corrector_jax.types import PyTree, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A strategy, an encoder and N targets on a mesh.
+
+    Attributes:
+      config: the configuration.
+      size: N.
+      place: the mesh.
+      model: the dual encoder.
+      method: the strategy as the step sees it.
+      learning_rate: by update.
+      tx: the task optimizer.
+      corrector_tx: the corrector's optimizer.
+    """
+
+    config: ConfigDict
+    size: int
+    place: Placement
+    model: DualEncoder
+    method: Method
+    learning_rate: optax.Schedule
+    tx: optax.GradientTransformation
+    corrector_tx: optax.GradientTransformation
+
+    @property
+    def encoded_per_step(self) -> int:
+        """Targets encoded with gradient by one training step."""
+        return int(self.config.train.batch_size * (1 + self.method.proposal.draws))
+
+    @property
+    def uses_cache(self) -> bool:
+        """Whether the strategy reads cached embeddings."""
+        return isinstance(self.method.proposal, TwoLevel)
+
+    def init_corrector(self, step: int) -> CorrectorState:
+        """A corrector at the identity, for the snapshot made before step `step`."""
+        return init_corrector(
+            rng.key(self.config.seed, "corrector", step),
+            corrector=self.method.corrector,
+            tx=self.corrector_tx,
+            dim=self.model.dim,
+            ring=self.config.corrector.updates - 1 if self.method.corrector.learns else 0,
+            rows=self.encoded_per_step + self.method.uniform_rows,
+        )
+
+    def start(self, encoder_params: PyTree) -> TrainState:
+        """Step 0, created already split over the mesh.
+
+        Args:
+          encoder_params: one tower's parameters on the host; None = random.
+        """
+        params = None
+        if encoder_params is not None:
+            params = self.model.from_encoder_params(encoder_params)
+        return jax.jit(self.initial, out_shardings=self.state_sharding)(params)
+
+    def empty_cache(self) -> TargetCache:
+        """A cache of the right shape with nothing in it."""
+        return caches.create(
+            self.size,
+            self.model.dim,
+            dtype=self.config.cache.dtype,
+            block_rows=self.config.negatives.block_rows,
+            place=self.place,
+        )
+
+    @functools.cached_property
+    def state_sharding(self) -> TrainState:
+        """Where the leaves of the training state live."""
+        state: TrainState = jax.eval_shape(self.initial, None)
+        everywhere: Any = self.place.everywhere
+        return TrainState(
+            step=everywhere,
+            params=self.place.parameters(state.params),
+            opt_state=self.place.parameters(state.opt_state),
+            corrector=jax.tree.map(lambda _: everywhere, state.corrector),
+        )
+
+    def train_step(self) -> Wrapped:
+        """The train step, jitted for the mesh; state and cache are donated."""
+        step = functools.partial(
+            train_step,
+            model=self.model,
+            method=self.method,
+            tx=self.tx,
+            corrector_tx=self.corrector_tx,
+            place=self.place,
+        )
+        out = (self.state_sharding, self.place.rows, self.place.everywhere)
+        return self.place.jit_step(step, out, donate=(0, 1))
+
+    def probe_step(self) -> Wrapped:
+        """The probe step, jitted for the mesh; the state is donated."""
+        step = functools.partial(
+            probe_step,
+            beta=self.method.beta,
+            model=self.model,
+            corrector=self.method.corrector,
+            place=self.place,
+        )
+        return self.place.jit_step(step, (self.state_sharding, self.place.everywhere), donate=(0,))
+
+    def initial(self, params: PyTree) -> TrainState:
+        """Step 0 as a pure function of the encoders' parameters; None = random ones."""
+        if params is None:
+            params = self.model.init(rng.key(self.config.seed, "parameters"))
+        return init_state(params, self.init_corrector(0), tx=self.tx)
+
+
+def make_program(config: ConfigDict, encoder: Encoder, size: int, place: Placement) -> Program:
+    """What a configuration says to compile.
+
+    Args:
+      config: validated.
+      encoder: one tower.
+      size: N.
+      place: the mesh.
+
+    Returns:
+      The program; nothing is compiled or put on a device yet.
+
+    Raises:
+      UserError: the mesh and the configuration do not fit together.
+    """
+    train = config.train
+    shares = place.num_shares
+    for key in ("batch_size", "chunk"):
+        if train[key] % shares:
+            raise UserError(
+                f"config.train.{key} is {train[key]}, which {shares} devices cannot share evenly: "
+                f"write a multiple of {shares}"
+            )
+    model = DualEncoder(
+        encoder,
+        shared=config.model.shared_towers,
+        learn_beta=config.model.learn_beta,
+        wrap=_wrap(config, place),
+    )
+    place = dataclasses.replace(place, rules=rules_of(model.axes()))
+    learning_rate = optimizer.schedule(
+        train.schedule,
+        peak=train.learning_rate,
+        warmup=train.warmup // train.accumulate,
+        steps=train.steps // train.accumulate,
+    )
+    return Program(
+        config=config,
+        size=size,
+        place=place,
+        model=model,
+        method=_method(config, size, encoder, place),
+        learning_rate=learning_rate,
+        tx=optimizer.task_optimizer(
+            learning_rate,
+            clip=train.clip,
+            weight_decay=train.weight_decay,
+            accumulate=train.accumulate,
+        ),
+        corrector_tx=optimizer.corrector_optimizer(
+            peak=config.corrector.learning_rate, warmup=config.corrector.warmup
+        ),
+    )
+
+
+def placement(config: ConfigDict, devices: list[Any] | None = None) -> Placement:
+    """The mesh that a configuration names.
+
+    Args:
+      config: validated.
+      devices: those of a topology; None = jax's own, as many as `mesh.devices` says.
+
+    Raises:
+      UserError: there are not enough devices, or the axes do not divide them.
+    """
+    mesh = config.mesh
+    if devices is None:
+        available = jax.device_count()
+        if mesh.devices > available:
+            raise UserError(
+                f"config.mesh.devices is {mesh.devices} but jax sees {available} "
+                f"{jax.devices()[0].platform} device(s): write {available} or less, or 0 for all"
+            )
+        if mesh.devices and jax.process_count() > 1 and mesh.devices != available:
+            raise UserError(
+                f"config.mesh.devices is {mesh.devices} of the {available} devices of "
+                f"{jax.process_count()} processes: write 0, and start as many as there shall be"
+            )
+    count = len(devices) if devices is not None else mesh.devices or jax.device_count()
+    if count % (mesh.fsdp * mesh.tensor):
+        raise UserError(
+            f"config.mesh.fsdp x config.mesh.tensor is {mesh.fsdp} x {mesh.tensor}, which does "
+            f"not divide the {count} devices: write numbers whose product does"
+        )
+    return make_placement(devices or mesh.devices, fsdp=mesh.fsdp, tensor=mesh.tensor)
+
+
+def _wrap(config: ConfigDict, place: Placement) -> Callable[[Encode], Encode]:
+    """Less memory at the price of work, as the configuration asks for."""
+
+    def wrap(encode: Encode) -> Encode:
+        if config.train.remat:
+            encode = rematerialised(encode)
+        if config.train.chunk:
+            encode = place.in_chunks(encode, config.train.chunk)
+        return encode
+
+    return wrap
+
+
+def _method(config: ConfigDict, size: int, encoder: Encoder, place: Placement) -> Method:
+    words = configs.chosen(config)
+    corrector = correctors.make(
+        words["corrector"], hidden=config.corrector.hidden, normalize=encoder.normalize
+    )
+    draws = config.negatives.draws
+    proposal: Proposal
+    if words["proposal"] == "two_level":
+        proposal = TwoLevel(
+            draws=draws,
+            beta=config.model.beta,
+            corrector=corrector,
+            block_rows=config.negatives.block_rows,
+            tile_rows=config.cache.tile_rows
+            or sweep.tile_rows(
+                config.cache.sweep_mib << 20,
+                batch=config.train.batch_size,
+                dim=encoder.dim,
+                hidden=corrector.width(encoder.dim),
+                draws=draws,
+                block_rows=config.negatives.block_rows,
+            ),
+            place=place,
+        )
+    elif words["proposal"] == "uniform":
+        proposal = Uniform(draws=draws, size=size)
+    else:
+        proposal = InBatch()
+    estimator = words["estimator"]
+    in_batch = words["proposal"] == "in_batch"
+    drift = {"mse": (1.0, 0.0), "kl": (0.0, 1.0), "both": (1.0, config.corrector.kl_weight)}
+    mse_weight, kl_weight = drift[config.corrector.loss]
+    return Method(
+        beta=config.model.beta,
+        proposal=proposal,
+        estimator=losses.ESTIMATORS[estimator],
+        shared=estimator == "balanced" or config.loss.shared or in_batch,
+        positives=estimator == "truncated",
+        corrector=corrector,
+        uniform_rows=config.corrector.uniform_rows if corrector.learns else 0,
+        mse_weight=mse_weight,
+        kl_weight=kl_weight,
+    )
