@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from corrector_jax.models.dual_encoder import rematerialised
 from corrector_jax.models.pretrained import beside, params_from, reader_config, tensors_from
 from corrector_jax.models.reader import Reader, ReaderConfig
 from corrector_jax.models.t5 import T5Config, _buckets
+from corrector_jax.sharding import make_placement, rules_of
 from corrector_jax.types import UserError
 from tests import oracle
 
@@ -27,8 +29,12 @@ UNREAD = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight
 
 @pytest.fixture(scope="module", params=KINDS)
 def made(request):
+    return make(request.param)
+
+
+def make(kind):
     """A reader, and parameters large enough to tell texts apart."""
-    reader = Reader(KINDS[request.param])
+    reader = Reader(KINDS[kind])
     shapes = jax.eval_shape(reader.init, jax.random.key(0))
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda x: rng.normal(0, 0.4, x.shape).astype(x.dtype), shapes)
@@ -178,6 +184,37 @@ def test_bfloat16_is_close(made):
     for a, b in zip(found, full, strict=True):
         assert a.dtype == jnp.float32
         assert np.abs(a - b).mean() < 0.1 * np.abs(b).mean()
+
+
+def test_one_device_is_eight():
+    """Parameters split by their axes, questions by example, and passages encoded in chunks."""
+    reader, params = make("1.1")
+    place = make_placement(8, fsdp=2, tensor=2, rules=rules_of(reader.config.axes()))
+    split = dataclasses.replace(
+        reader, wrap=lambda encode: place.in_chunks(rematerialised(encode), 4)
+    )
+    tokens = texts((4, 3, 10), np.full((4, 3), 10), seed=3)
+    given = texts((4, 6), [6, 3, 1, 4], seed=4)
+
+    def likely(reader, params, tokens, given):
+        fused, each, _ = everything(reader, params, tokens, given)
+        return fused.sum() + each.sum(), (fused, each)
+
+    def all_of(reader, params, tokens, given):
+        found = jax.value_and_grad(likely, 1, has_aux=True)(reader, params, tokens, given)
+        return found, reader.answer(params, reader.encode(params, tokens), length=6, beams=3)
+
+    run = oracle.jit(all_of, static_argnums=0)
+    wanted = run(reader, params, tokens, given)
+    sharded = jax.device_put(params, place.parameters(params))
+    halves = [leaf for leaf in jax.tree.leaves(sharded) if not leaf.is_fully_replicated]
+    assert {leaf.ndim for leaf in halves} == {2}
+    assert len(halves) > len(jax.tree.leaves(params)) / 2
+    examples = jax.device_put((tokens, given), place.examples)
+    found = run(split, sharded, *examples)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+    np.testing.assert_array_equal(found[1], wanted[1])
 
 
 def test_too_long_a_passage_is_refused(made):
