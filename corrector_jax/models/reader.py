@@ -205,10 +205,14 @@ class Reader:
           passage that takes no part.
         """
         states, here = passages
-        batch, count = here.shape[:2]
-        alone = Passages(*(x.reshape(batch * count, *x.shape[2:]) for x in (states, here)))
-        repeated = jnp.repeat(jnp.asarray(answers), count, axis=0)
-        return self._log_likelihood(params, *alone, repeated).reshape(batch, count, -1)
+        batch, count, length = here.shape
+        found = self._log_likelihood(
+            params,
+            states.reshape(batch * count, length, -1),
+            here.reshape(batch * count, length),
+            jnp.repeat(jnp.asarray(answers), count, axis=0),
+        )
+        return found.reshape(batch, count, -1)
 
     def answer(self, params: PyTree, passages: Passages, *, length: int, beams: int = 1) -> Array:
         """Answers questions, all passages fused: by beam search, or greedily with one beam.

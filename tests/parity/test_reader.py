@@ -34,8 +34,6 @@ SIZES = {
 }
 KINDS = {"1.0": {}, "1.1": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}}
 LENGTH = 24  # more than the decoder tells apart by its buckets
-
-
 PASSAGES = tokens_of([30, 3, 17, 1, 9, 26], VOCAB)
 ANSWERS = tokens_of([LENGTH, 5, 1, 16, 2, 9], VOCAB, seed=1)
 
