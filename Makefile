@@ -30,10 +30,11 @@ $(STAMP): setup.py requirements/lock.txt
 quickstart: setup ## Train, evaluate and report on the embedded data, into runs/quickstart
 	$(BIN)/python -m corrector_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-test: setup ## Lint, format, types, import layers and the fast tests
+test: setup ## Lint, format, shell scripts, types, import layers and the fast tests
 	$(BIN)/python --version
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck -x launch/*.sh .ci/run
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/pytest --numprocesses=2 --dist=loadfile

