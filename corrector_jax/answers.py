@@ -2,7 +2,7 @@
 
 Answers are compared as SQuAD does (Rajpurkar et al. 2016): in lower case, without punctuation and
 articles, blanks alike. Whether a passage holds one is decided as DPR does (Karpukhin et al. 2020):
-the words of an answer stand in it one after another, whatever stands between words.
+the words of an answer stand in it one after another, whatever blanks are between them.
 """
 
 from __future__ import annotations
