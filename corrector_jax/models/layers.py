@@ -79,6 +79,31 @@ def attend(
     mask = here[:, None, None, :]
     if window is not None:
         mask = mask & _near(here.shape[1], window)[None, None]
+    return attend_where(query, key, value, mask, bias=bias, scale=scale)
+
+
+def attend_where(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array,
+    *,
+    bias: Array | None = None,
+    scale: float | None = None,
+) -> Array:
+    """Attention under any mask, of one text to itself or to another; its softmax is float32.
+
+    Args:
+      query: [B, T, heads, d] of any float dtype.
+      key: [B, S, heads, d].
+      value: likewise.
+      mask: bool, [B, 1, T, S] or what broadcasts to it, False for what is not looked at.
+      bias: [1, heads, T, S] added to the logits, or None.
+      scale: what logits are multiplied by; None = 1 / sqrt(d).
+
+    Returns:
+      [B, T, heads, d]; finite, and of no meaning, for a query that may look at nothing.
+    """
     # Batched matmuls on [B, heads, T, d], and a backward written by hand, were within the noise of
     # it on CPU (forward and gradient, T 32 and 64).
     return jax.nn.dot_product_attention(
