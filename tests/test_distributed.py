@@ -16,6 +16,7 @@ import pytest
 
 from corrector_jax import config as configs
 from corrector_jax import distributed
+from corrector_jax.lock import Lock
 from corrector_jax.types import UserError
 from tests import tiny
 
@@ -167,14 +168,11 @@ def test_the_others_end_when_one_hangs(folder):
     assert time.monotonic() - started < 60
 
 
-def test_what_one_process_alone_has_to_mend_ends_all(folder, alone):
+def test_what_one_process_alone_has_to_mend_ends_all(folder):
     """The workdir is in use: only process 0 looks."""
     workdir = folder / "taken"
-    job = start(folder, workdir, 1, "--config.train.steps=500")
-    wait_for_step(workdir, 1, job)
-    found = ends(start(folder, workdir, 2, "--config.train.steps=500"))
-    job[0].kill()
-    job[0].communicate()
+    with Lock(workdir):
+        found = ends(start(folder, workdir, 2))
     assert [code for code, _ in found] == [2, 2]
     assert "is in use by process" in found[0][1]
     assert "another process of this job cannot go on" in found[1][1]
