@@ -2,7 +2,7 @@
 
 XLA's own count takes the body of a loop once. Here every loop counts as often as it runs, so that a
 pass over a cache in tiles costs what the whole cache costs. The text is that of
-`compiled.as_text()`; programs compiled for TPU, CPU and GPU are understood.
+`compiled.as_text()` for TPU or CPU; of a GPU's the forms are known, but not all have been tried.
 """
 
 from __future__ import annotations

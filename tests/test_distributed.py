@@ -1,0 +1,205 @@
+"""One job of several processes, on this machine: the same run, stopped together, never waiting."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from corrector_jax import config as configs
+from corrector_jax import distributed
+from corrector_jax.types import UserError
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+DEVICES = 4  # of the whole job, however many processes share them
+PATIENCE = 240
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Data, tokenizer, and a file of configs/ that names them."""
+    folder = tmp_path_factory.mktemp("processes")
+    saved = folder / "saved.json"
+    config = tiny.config(folder, mesh__devices=0, checkpoint__every=100, train__steps=14)
+    saved.write_text(configs.to_json(config))
+    (folder / "run.py").write_text(
+        "from pathlib import Path\n"
+        "from corrector_jax import config\n"
+        f"get_config = lambda: config.from_json(Path({str(saved)!r}).read_text())\n"
+    )
+    return folder
+
+
+def start(folder: Path, workdir: Path, processes: int, *flags: str) -> list[subprocess.Popen]:
+    """The same command in so many processes, which share `DEVICES` devices."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // processes}",
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(processes),
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [
+        sys.executable, "-m", "corrector_jax.main", f"--config={folder / 'run.py'}",
+        f"--workdir={workdir}", *flags,
+    ]  # fmt: skip
+    return [
+        subprocess.Popen(
+            command, env=environment | {"JAX_PROCESS_ID": str(number)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for number in range(processes)
+    ]  # fmt: skip
+
+
+def ends(job: list[subprocess.Popen]) -> list[tuple[int, str]]:
+    """Exit code and standard error of every process."""
+    found = []
+    try:
+        for process in job:
+            _, errors = process.communicate(timeout=PATIENCE)
+            found.append((process.returncode, errors))
+    finally:
+        for process in job:
+            process.kill()
+    return found
+
+
+def steps(workdir: Path) -> dict[int, dict]:
+    """Step -> its row of metrics.jsonl, as far as it is written."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return {row["step"]: row for row in rows if "train/loss" in row}
+
+
+def wait_for_step(workdir: Path, step: int, job: list[subprocess.Popen]) -> None:
+    started = time.monotonic()
+    while step not in steps(workdir):
+        assert time.monotonic() - started < PATIENCE
+        assert all(process.poll() is None for process in job), [p.communicate() for p in job]
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def alone(folder) -> Path:
+    """The run in one process."""
+    workdir = folder / "alone"
+    assert [code for code, _ in ends(start(folder, workdir, 1))] == [0]
+    return workdir
+
+
+def test_two_processes_then_one_then_four_end_as_one_would(folder, alone):
+    """Told to stop in between, by a signal to one process alone."""
+    workdir = folder / "changing"
+    for processes, step, told in ((2, 2, 1), (1, 6, 0), (4, 14, None)):
+        job = start(folder, workdir, processes)
+        if told is not None:
+            wait_for_step(workdir, step, job)
+            job[told].send_signal(signal.SIGTERM)
+        found = ends(job)
+        expected = 75 if told is not None else 0
+        assert [code for code, _ in found] == [expected] * processes, found
+    one, other = steps(alone), steps(workdir)
+    assert list(other) == list(one) == list(range(1, 15))
+    for step, row in one.items():
+        for name, value in row.items():
+            if name not in ("seconds", "train/examples_per_second"):
+                assert np.isclose(other[step][name], value, rtol=2e-3, atol=1e-5), (step, name)
+    for name in ("before", "after"):
+        ours, theirs = (
+            json.loads((path / "eval" / f"{name}.json").read_text()) for path in (workdir, alone)
+        )
+        assert ours["metrics"] == theirs["metrics"]
+        assert ours["per_query"] == theirs["per_query"]
+    # Of the last evaluation; before the first step there is nothing to compare the cache with.
+    for name, value in theirs["distribution"].items():
+        assert np.isclose(ours["distribution"][name], value, rtol=1e-3), name
+    ledgers = [
+        json.loads((path / "results.json").read_text())["ledger"] for path in (workdir, alone)
+    ]
+    assert ledgers[0] == ledgers[1]
+    # `evaluate` by two processes is what the run itself found.
+    assert [code for code, _ in ends(start(folder, workdir, 2, "--mode=evaluate"))] == [0, 0]
+    again = json.loads((workdir / "eval" / "test-step-14.json").read_text())
+    assert again["metrics"] == ours["metrics"]
+
+
+def test_the_others_end_when_one_is_killed_and_the_same_command_goes_on(folder):
+    workdir = folder / "killed"
+    job = start(folder, workdir, 2, "--config.train.steps=500", "--config.checkpoint.every=2")
+    wait_for_step(workdir, 4, job)
+    job[1].kill()
+    started = time.monotonic()
+    (code, said), _ = ends(job)
+    assert code == distributed.LOST, said
+    assert "another process of this job cannot be reached" in said
+    assert "Traceback" not in said
+    assert time.monotonic() - started < 60
+    assert any(path.name.isdigit() for path in (workdir / "checkpoints").iterdir())
+
+
+@pytest.mark.slow
+def test_the_others_end_when_one_hangs(folder):
+    workdir = folder / "hanging"
+    flags = ("--config.train.steps=500", "--config.mesh.timeout=20")
+    job = start(folder, workdir, 2, *flags)
+    wait_for_step(workdir, 2, job)
+    job[1].send_signal(signal.SIGSTOP)
+    started = time.monotonic()
+    code, said = job[0].wait(timeout=PATIENCE), ""
+    job[1].kill()
+    said = job[0].communicate()[1]
+    job[1].communicate()
+    assert code == distributed.LOST, said
+    assert "config.mesh.timeout" in said
+    assert time.monotonic() - started < 60
+
+
+def test_what_one_process_alone_has_to_mend_ends_all(folder, alone):
+    """The workdir is in use: only process 0 looks."""
+    workdir = folder / "taken"
+    job = start(folder, workdir, 1, "--config.train.steps=500")
+    wait_for_step(workdir, 1, job)
+    found = ends(start(folder, workdir, 2, "--config.train.steps=500"))
+    job[0].kill()
+    job[0].communicate()
+    assert [code for code, _ in found] == [2, 2]
+    assert "is in use by process" in found[0][1]
+    assert "another process of this job cannot go on" in found[1][1]
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "said"),
+    [
+        ((), {"JAX_NUM_PROCESSES": "2"}, "--coordinator"),
+        (("here:1", 2), {}, "--process "),
+        (("here:1", 2, 2), {}, "from 0 to 1"),
+        ((), {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "x", "JAX_PROCESS_ID": "0"},
+         "whole numbers"),
+    ],
+)  # fmt: skip
+def test_half_an_address_is_refused(given, environment, said):
+    with pytest.raises(UserError, match=said):
+        distributed.start(*given, environment=environment)
+
+
+def test_one_process_joins_nobody():
+    assert not distributed.start(environment={"JAX_PLATFORMS": "cpu"})
+    assert not distributed.start("here:1", 1, 0, environment={})
+    assert distributed.is_alone()
+    assert distributed.is_lead()
+    assert [distributed.Vote()(wish) for wish in (False, True, False)] == [False, True, False]
+    assert distributed.first_of("") == ""
+    assert distributed.first_of("mine") == "mine"
