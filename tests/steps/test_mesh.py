@@ -54,8 +54,8 @@ CASES = {
 """Strategy, and what else -> keys of the configuration."""
 
 QUICK_CASES = [
-    *[("corrected", mesh) for mesh in ("2x4x1", "2x2x2")],
-    *[(name, "2x2x2") for name in ("in_batch", "uniform", "stale", "refreshed")],
+    *[(name, "2x2x2") for name in ("in_batch", "uniform", "stale", "refreshed", "corrected")],
+    ("in_batch", "2x4x1"),
 ]
 PAIRS = [
     pytest.param(name, mesh, marks=() if (name, mesh) in QUICK_CASES else pytest.mark.slow)
