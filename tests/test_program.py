@@ -185,7 +185,9 @@ def test_chunks_and_remat_change_neither_embeddings_nor_gradients(devices, way, 
     top = max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradient))
     assert_close(gradient, its, rtol=1e-4, atol=2e-5 * top)
     if not shared:
-        assert all(np.any(leaf) for tower in its.values() for leaf in tower["layer_0"]["up"].values())
+        assert all(
+            np.any(leaf) for tower in its.values() for leaf in tower["layer_0"]["up"].values()
+        )
 
 
 def gradient_of(wrap):

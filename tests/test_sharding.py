@@ -131,7 +131,7 @@ def test_a_rule_that_no_leaf_matches_is_refused():
     ("axes", "key", "said"),
     [
         ({"fsdp": 8}, "fsdp", r"word \[97, 6\]: write a divisor of 6"),
-        ({"tensor": 8}, "tensor", r"layer/up/kernel \[8, 12\]: write a divisor of 12"),
+        ({"tensor": 8}, "tensor", r"layer/up/bias \[12\]: write a divisor of 12"),
     ],
 )
 def test_a_mesh_that_does_not_divide_a_parameter_is_refused(axes, key, said):

@@ -327,9 +327,7 @@ def test_random_parameters_do_not_depend_on_the_mesh():
 def test_the_state_is_updated_in_place_share_by_share(mesh):
     steps = steps_of(config_of("corrected"), mesh)
     state, cache = steps.start()
-    held = sum(
-        leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves((state, cache))
-    )
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves((state, cache)))
     assert steps.compiled.memory_analysis().alias_size_in_bytes == held
     made, cache, _ = steps.compiled(state, cache, steps.tokens, *steps.given(0))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
