@@ -45,6 +45,7 @@ def config_of(strategy="stale", **changes):
         "model.beta": 5.0,
         "negatives.draws": DRAWS,
         "negatives.block_rows": BLOCK,
+        "cache.tile_rows": 2 * BLOCK,
         "train.batch_size": 8,
         "train.warmup": 2,
     }
@@ -222,6 +223,27 @@ def test_remat_keeps_less_for_the_way_back():
     chunks = kept(lambda encode: make_placement(1).in_chunks(rematerialised(encode), 8))
     of_params = sum(x.size * 4 for x in jax.tree.leaves(gradient_of(rematerialised)[1]))
     assert chunks <= of_params + whole
+
+
+def test_fsdp_splits_examples_as_data_does():
+    """It gathers the parameters: what a device holds of the examples is as little as by `data`."""
+
+    def held(fsdp):
+        program = program_of(config_of(), make_placement(8, fsdp=fsdp), layers=2)
+        place, model = program.place, program.model
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        shardings = place.parameters(params)
+        params = jax.tree.map(
+            lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), params, shardings
+        )
+        x = jax.ShapeDtypeStruct((128, 32), jnp.int32, sharding=place.examples)
+        gradient = oracle.jit(
+            jax.grad(lambda params, x: model.encode_targets(params, x).sum()),
+            out_shardings=shardings,
+        )
+        return gradient.lower(params, x).compile().memory_analysis().temp_size_in_bytes
+
+    assert held(8) < 1.5 * held(1)
 
 
 @pytest.mark.parametrize("key", ["batch_size", "chunk"])
