@@ -138,7 +138,8 @@ def stored(rows: ArrayLike, dtype: jnp.dtype) -> tuple[Array, Array | None]:
         return rows.astype(dtype), None
     rows = rows.astype(jnp.float32)
     largest = jnp.max(jnp.abs(rows), axis=-1)
-    scale = jnp.where(largest > 0, largest / 127.0, 1.0)
+    # Not `largest > 0`: what is not a number must stay so, and not become a row of zeros.
+    scale = jnp.where(largest == 0, 1.0, largest / 127.0)
     return jnp.round(rows / scale[..., None]).astype(jnp.int8), scale
 
 

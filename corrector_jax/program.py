@@ -23,7 +23,7 @@ from corrector_jax.sharding import Placement, make_placement, rules_of
 from corrector_jax.state import CorrectorState, TrainState, init_corrector, init_state
 from corrector_jax.steps.probe_step import probe_step
 from corrector_jax.steps.train_step import Method, train_step
-from corrector_jax.types import PyTree, UserError
+from corrector_jax.types import Array, PyTree, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,9 +162,9 @@ def make_program(config: ConfigDict, encoder: Encoder, size: int, place: Placeme
         encoder,
         shared=config.model.shared_towers,
         learn_beta=config.model.learn_beta,
-        wrap=_wrap(config, place),
     )
     place = dataclasses.replace(place, rules=rules_of(model.axes()))
+    model = dataclasses.replace(model, wrap=_wrap(config, place))
     learning_rate = optimizer.schedule(
         train.schedule,
         peak=train.learning_rate,
@@ -223,9 +223,13 @@ def placement(config: ConfigDict, devices: list[Any] | None = None) -> Placement
 
 
 def _wrap(config: ConfigDict, place: Placement) -> Callable[[Encode], Encode]:
-    """Less memory at the price of work, as the configuration asks for."""
+    """Parameters gathered for use; less memory at the price of work, as the configuration asks."""
 
-    def wrap(encode: Encode) -> Encode:
+    def wrap(inner: Encode) -> Encode:
+        def whole(parameters: PyTree, tokens: Array) -> Array:
+            return inner(place.gathered(parameters), tokens)
+
+        encode: Encode = whole
         if config.train.remat:
             encode = rematerialised(encode)
         if config.train.chunk:

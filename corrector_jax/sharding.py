@@ -169,6 +169,25 @@ class Placement:
             return x
         return jax.lax.with_sharding_constraint(x, self.examples)
 
+    def gathered(self, tree: PyTree) -> PyTree:
+        """Inside jit: parameters whole over fsdp, as they are used; examples stay split.
+
+        Left to itself the compiler splits activations by width, and every device would hold those
+        of all the examples of its `data` share.
+
+        Args:
+          tree: parameters of a tower, of whatever shape the rules allow.
+
+        Returns:
+          The same values; what `tensor` splits stays split.
+        """
+
+        def whole(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+            spec = PartitionSpec(*(None if axis == "fsdp" else axis for axis in sharding.spec))
+            return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, spec))
+
+        return jax.tree.map(whole, tree, self.parameters(tree))
+
     def in_chunks(
         self, function: Callable[[PyTree, jax.Array], jax.Array], size: int
     ) -> Callable[[PyTree, jax.Array], jax.Array]:

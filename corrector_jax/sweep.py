@@ -146,10 +146,12 @@ def draw_two_level(
             log_prob = jnp.take_along_axis(logits, best, axis=1)[:, 0] - _logsumexp(logits)
             return jnp.take_along_axis(ids, best, axis=1)[:, 0], log_prob
 
-        # Each device draws in the blocks it holds, some at a time: [n, R, D] rows are alive at
-        # once, and a device that holds none of the winners does nothing.
+        # Each device draws in the blocks it holds, a turn at a time: one that holds none of the
+        # winners does nothing. No more rows are alive at once than a tile has.
         pairs = batch * draws
         at_once = min(batch, -(-pairs // place.num_devices))
+        together = min(at_once, per_tile)
+        at_once = -(-at_once // together) * together
         mine_first = jnp.argsort(~owner.reshape(-1), stable=True)
         count = owner.sum()
 
@@ -157,9 +159,10 @@ def draw_two_level(
             at = turn * at_once + jnp.arange(at_once)
             pair = mine_first[jnp.minimum(at, pairs - 1)]
             there = jnp.where(at < count, pair, pairs)  # one past the end: dropped
-            found = draw_row(pair)
+            found = jax.lax.map(draw_row, pair.reshape(-1, together))
             return tuple(  # type: ignore[return-value]
-                held.at[there].set(new, mode="drop") for held, new in zip(drawn, found, strict=True)
+                held.at[there].set(new.reshape(-1), mode="drop")
+                for held, new in zip(drawn, found, strict=True)
             )
 
         drawn = (jnp.zeros(pairs, jnp.int32), jnp.zeros(pairs, jnp.float32))

@@ -15,7 +15,7 @@ from tests import oracle
 
 N, DIM, BLOCK = 45, 6, 4
 MESHES = pytest.mark.parametrize("devices", [1, 3, 8])
-STORED = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+STORED = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 
 
 @functools.cache
@@ -31,6 +31,9 @@ def create(place, dtype="float32"):
 
 
 def stored(rows, dtype):
+    if dtype == "int8":
+        scale = np.abs(rows).max(axis=1, keepdims=True) / np.float32(127)
+        return np.round(rows / scale) * scale
     return np.asarray(jnp.asarray(rows, dtype).astype(jnp.float32))
 
 
@@ -128,10 +131,41 @@ def test_a_scale_is_multiplied_in():
     assert np.array_equal(
         caches.read(jnp.ones((2, 3), jnp.bfloat16), scale), [[2.0] * 3, [0.5] * 3]
     )
-    cache = create(make_placement(1))
-    scaled = cache.replace(scale=jnp.ones(cache.embeddings.shape[0]))
-    with pytest.raises(ValueError, match="scale"):
-        caches.write(scaled, jnp.array([0]), jnp.ones((1, DIM)), 0, make_placement(1))
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e-3, 1.0, 1e6])
+def test_int8_rows_are_off_by_no_more_than_half_a_step_of_their_own(size):
+    rng = np.random.default_rng(0)
+    rows = rng.normal(0, size, (200, 33)) * rng.lognormal(0, 3, (200, 1))
+    rows = rows.astype(np.float32)
+    rows[7], rows[8, 1:] = 0, 0
+    held, scale = oracle.jit(functools.partial(caches.stored, dtype=jnp.int8))(rows)
+    assert (held.dtype, held.shape, scale.dtype, scale.shape) == (np.int8, (200, 33), "f4", (200,))
+    assert np.abs(held).max() == 127
+    read = caches.read(held, scale)
+    assert read.dtype == np.float32
+    largest = np.abs(rows).max(axis=1, keepdims=True)
+    assert (np.abs(read - rows) <= largest / 254 * (1 + 1e-4)).all()
+    assert not np.any(read[7])
+    np.testing.assert_allclose(read[8], rows[8], rtol=1e-6)
+    again = caches.read(*caches.stored(read, jnp.dtype("int8")))
+    np.testing.assert_allclose(again, read, rtol=1e-6)  # rounding once is all
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_of_floats_have_no_scale(rows, dtype):
+    held, scale = caches.stored(rows, jnp.dtype(dtype))
+    assert scale is None
+    assert held.dtype == dtype
+    assert np.array_equal(caches.read(held, None), stored(rows, dtype))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_a_row_that_is_not_finite_is_not_read_as_if_it_were(rows, dtype, wrong):
+    rows[3, 2] = wrong
+    read = caches.read(*caches.stored(rows, jnp.dtype(dtype)))
+    assert np.isfinite(read).all(axis=1).tolist() == [row != 3 for row in range(N)]
 
 
 @MESHES

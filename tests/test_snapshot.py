@@ -90,6 +90,35 @@ def test_another_storage_dtype_reads_it(folder, saved, read):
     np.testing.assert_array_equal(real(back)[0], expected)
 
 
+def test_int8_rows_are_saved_with_their_scale_and_read_as_any_dtype(tmp_path):
+    cache = filled(3)
+    snapshot.save(tmp_path / "f32", cache, step=5, made_by=MADE_BY)
+    small = load(tmp_path / "f32", empty(8, "int8"))
+    snapshot.save(tmp_path / "int8", small, step=5, made_by=MADE_BY)
+    (file,) = (tmp_path / "int8").glob("rows-000000000000.safetensors")
+    held = safetensors.numpy.load_file(file)
+    assert {name: array.dtype for name, array in held.items()} == {
+        "embeddings": np.int8, "scale": np.float32, "written_at": np.int32,
+    }  # fmt: skip
+    same = load(tmp_path / "int8", empty(2, "int8"))
+    assert np.array_equal(same.scale[:N], small.scale[:N])
+    assert (np.asarray(same.scale)[N:] == 1).all()
+    for one, other in zip(real(small), real(same), strict=True):
+        np.testing.assert_array_equal(one, other)
+    rows = real(cache)[0]
+    bound = np.abs(rows).max(axis=1, keepdims=True) * (1 / 254 + 1e-6)
+    for devices, dtype, rounded in ((1, "bfloat16", 2**-8), (5, "float32", 0)):
+        back = load(tmp_path / "int8", empty(devices, dtype))
+        assert back.scale is None
+        assert back.embeddings.dtype == dtype
+        found, at = real(back)
+        assert (np.abs(found - rows) <= bound + rounded * np.abs(rows)).all()
+        assert (at == 5).all()
+    # What was written as int8 in the first place is what is loaded as int8.
+    for one, other in zip(real(filled(2, "int8")), real(same), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_anyone_with_safetensors_reads_the_rows(tmp_path):
     cache = filled(8)
     snapshot.save(tmp_path / "s", cache, step=5, made_by=MADE_BY)

@@ -12,7 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corrector_jax.models.corrector import Folded
+from corrector_jax import sweep
+from corrector_jax.cache import TargetCache
+from corrector_jax.models.corrector import Folded, Identity, Mlp
+from corrector_jax.negatives import Gated, TwoLevel
 from corrector_jax.sharding import make_placement
 from corrector_jax.sweep import draw_two_level
 from tests import oracle
@@ -240,3 +243,89 @@ def test_draws_are_independent():
         counts = np.bincount(row[block == b], minlength=8)
         within = p[8 * b : 8 * b + 8]
         assert oracle.chi_square(counts, within / within.sum()) > 1e-6
+
+
+# What a device holds at once.
+
+
+@pytest.mark.parametrize(
+    ("batch", "dim", "hidden", "draws", "block_rows"),
+    [(512, 64, 0, 8, 64), (64, 64, 96, 4, 32), (8, 32, 0, 32, 4)],
+)
+def test_temporaries_stay_within_the_budget(batch, dim, hidden, draws, block_rows):
+    place, corrector = make_placement(1), Mlp(hidden) if hidden else Identity()
+
+    def temporaries(tile_rows):
+        proposal = TwoLevel(draws, 5.0, corrector, block_rows, tile_rows, place)
+
+        def shapes():
+            psi = Gated(corrector.init(jax.random.key(0), dim), jnp.float32(1))
+            rows = jnp.zeros((place.pad(20_000, block_rows), dim))
+            cache = TargetCache(rows, None, jnp.zeros(len(rows), jnp.int32), 20_000)
+            known = jnp.zeros((batch, 4), jnp.int32)
+            return jnp.zeros((batch, dim)), psi, cache, known, jax.random.key(0)
+
+        compiled = oracle.jit(proposal.draw).lower(*jax.eval_shape(shapes)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    least = temporaries(block_rows)
+    assert least < 1 << 20
+    for budget in (1 << 20, 4 << 20):
+        rows = sweep.tile_rows(
+            budget, batch=batch, dim=dim, hidden=hidden, draws=draws, block_rows=block_rows
+        )
+        assert rows % block_rows == 0
+        assert budget / 8 < temporaries(rows) <= budget + least
+
+
+def test_a_budget_too_small_is_one_block():
+    assert sweep.tile_rows(1, batch=512, dim=768, hidden=768, draws=8, block_rows=64) == 64
+
+
+def test_any_number_of_known_positives_is_masked_exactly(problem):
+    """Far more in a tile than are masked in one go; one known to all; all known to one."""
+    queries, rows, _ = problem
+    rng = np.random.default_rng(5)
+    masked = [
+        rng.permutation(N)[:700],
+        np.arange(16, 16 + 512),
+        np.array([], int),
+        np.arange(N),
+        np.delete(rng.permutation(N), 5),
+        np.array([7]),
+    ]
+    known = np.full((BATCH, N), -1, np.int32)
+    for query, ids in enumerate(masked):
+        ids = np.union1d(ids, [100])
+        known[query, rng.permutation(N)[: len(ids)]] = ids  # -1 anywhere between them
+    _, log_z, log_prob = oracle.proposal(queries, rows, known, 5)
+    for devices, tile_rows in ((1, 2048), (1, 304), (8, 2048)):
+        drawn = draw(queries, rows, known, beta=5, devices=devices, tile_rows=tile_rows, draws=64)
+        np.testing.assert_allclose(drawn.log_z, log_z, rtol=1e-5)
+        left = np.isfinite(log_z)
+        assert left.tolist() == [True, True, True, False, True, True]
+        assert np.array_equal(drawn.valid, np.repeat(left[:, None], 64, axis=1))
+        own = np.take_along_axis(log_prob, drawn.ids, axis=1)
+        np.testing.assert_allclose(drawn.log_prob[left], own[left], atol=3e-5)
+
+
+@pytest.mark.parametrize("where", ["first", "last", "one block"])
+def test_winners_on_one_device_alone(problem, where):
+    """Then it draws all rows, in many turns, while the others do nothing."""
+    queries, rows, known = problem
+    size = 9 * 16 * 8 - 3  # the last device of three and of eight holds padding too
+    rows = oracle.unit(np.random.default_rng(6), size, DIM)
+    chosen = {"first": slice(0, 100), "last": slice(size - 100, size), "one block": slice(32, 48)}
+    rows[chosen[where]] += 20  # its logits alone count
+    queries = np.abs(queries)
+    one = draw(queries, rows, known, draws=64)
+    assert set(one.ids.ravel()) <= set(range(size)[chosen[where]])
+    _, log_z, log_prob = oracle.proposal(queries, rows, known, 1.0)
+    np.testing.assert_allclose(one.log_z, log_z, rtol=1e-5)
+    np.testing.assert_allclose(
+        one.log_prob, np.take_along_axis(log_prob, one.ids, axis=1), atol=2e-4
+    )
+    for devices, tile_rows in ((3, 2048), (8, 16)):
+        other = draw(queries, rows, known, draws=64, devices=devices, tile_rows=tile_rows)
+        assert np.array_equal(one.ids, other.ids)
+        np.testing.assert_allclose(one.log_prob, other.log_prob, atol=1e-4)
