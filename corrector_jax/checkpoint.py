@@ -396,6 +396,8 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=args)
         except Exception as error:  # Orbax and TensorStore raise nothing more precise
+            if distributed.is_loss(error):
+                raise
             problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise DamagedError(f"{self._folder / str(step)} cannot be read ({problem})")
 
@@ -469,6 +471,8 @@ class Checkpoints:
         except UserError:
             raise
         except Exception as error:  # Orbax hands on what its threads raised, of any kind
+            if distributed.is_loss(error):
+                raise  # nothing is wrong with the disk
             words = " ".join(str(getattr(error, "strerror", None) or error).split())
             there = f"; the newest there is of step {max(s):,}" if (s := self._listed()) else ""
             raise UserError(
