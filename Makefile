@@ -13,7 +13,7 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9.%-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 	@echo "  Variables: PYTHON=$(PYTHON) (3.11 to 3.13)  VENV=$(VENV)"
 
-setup: $(STAMP) ## Make the environment (about 1.4 GB in VENV), once
+setup: $(STAMP) ## Make the environment (about 2.1 GB in VENV, the TPU compiler among it), once
 
 # The encoder's weights come without dependencies: their metadata asks for torch, and only their
 # files are read.

@@ -155,8 +155,8 @@ def make_program(config: ConfigDict, encoder: Encoder, size: int, place: Placeme
     for key in ("batch_size", "chunk"):
         if train[key] % shares:
             raise UserError(
-                f"config.train.{key} is {train[key]}, which {shares} devices cannot share evenly: "
-                f"write a multiple of {shares}"
+                f"config.train.{key} is {train[key]}, which {shares} shares of the mesh (data x "
+                f"fsdp) do not divide: write a multiple of {shares}"
             )
     model = DualEncoder(
         encoder,

@@ -201,7 +201,8 @@ class Placement:
           size: examples of a chunk, over all devices; a multiple of the shares.
 
         Returns:
-          The same function. Examples that chunks do not divide are filled up with copies.
+          The same function. What chunks do not divide is filled up with copies; an n that the
+          shares do not divide, like that of a small sample, is taken at once.
         """
         share = size // self.num_shares
 

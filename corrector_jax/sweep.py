@@ -71,7 +71,7 @@ def draw_two_level(
         per_tile = _blocks_per_tile(blocks, tile_rows // block_rows)
         tile = per_tile * block_rows
 
-        order = jnp.argsort(known.reshape(-1))
+        order = jnp.argsort(known.reshape(-1))  # by row, so that a tile finds its own
         known_rows, known_to = known.reshape(-1)[order], order // known.shape[1]
 
         def logits_of(rows: Array) -> Array:
@@ -249,6 +249,8 @@ def _mask(logits: Array, first: Array, known_rows: Array, known_to: Array) -> Ar
       [B, tile].
     """
     count, tile = len(known_rows), logits.shape[1]
+    if not count:
+        return logits
     at_once = min(count, 256)
     low, high = jnp.searchsorted(known_rows, jnp.stack([first, first + tile]))
 
