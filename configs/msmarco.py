@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     c.model.dtype = "bfloat16"
     c.model.beta = 100.0  # the temperature of 0.01 that GTR was trained with
     c.train.batch_size = 512
-    c.train.chunk = 2304  # half of the targets of a step: it fits with room to spare
+    c.train.chunk = 1536  # a third of the targets of a step: it fits with room to spare
     c.train.remat = True
     c.train.steps = 9830
     c.train.warmup = 500
