@@ -32,7 +32,7 @@ def sweep(topology: str, kind: str, hidden: int) -> dict[str, Any]:
     devices, chip = chips.topology(topology)
     place = placement(config, devices)
     size = compile_ahead.count_targets(config)
-    program = make_program(config, compile_ahead.find_encoder(config), size, place)
+    program = make_program(config, compile_ahead.find_encoder(config)[0], size, place)
     rows, dim = place.pad(size, config.negatives.block_rows), program.model.dim
 
     def array(shape: tuple[int, ...], dtype: Any, sharding: Any = place.everywhere) -> Any:

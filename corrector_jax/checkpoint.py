@@ -274,15 +274,16 @@ class Checkpoints:
             read = functools.partial(
                 self._resume, state, cache, step=candidate, data=data, made_by=made_by
             )
-            problem = ""
-            try:
+            for _ in range(2):  # a store that fails once is no damage: what fails twice is
+                problem = ""
                 try:
                     found = read()
-                except DamagedError:
-                    found = read()  # a store that fails once is no damage: what fails twice is
-            except DamagedError as error:
-                problem = str(error)
-            if problem := distributed.first_of(problem):  # of any process
+                except DamagedError as error:
+                    problem = str(error)
+                problem = distributed.first_of(problem)  # of any process: they read together
+                if not problem:
+                    break
+            if problem:
                 problems[candidate] = problem
                 say(f"WARNING: the checkpoint of step {candidate:,} is damaged: {problem}")
                 continue

@@ -1,7 +1,8 @@
 """Proof before the pod is rented: every step compiled from shapes alone, for a named topology.
 
-Nothing is downloaded, no data is read and no device need be there: XLA's TPU compiler runs on any
-Linux machine. What it says of memory is what a run would take.
+No data is read and no device need be there: XLA's TPU compiler runs on any Linux machine. Encoders
+whose sizes are known (`models/sizes.py`) are not downloaded. What it says of memory is what a run
+would take.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ from corrector_jax.writer import say
 RESERVED = 0.03
 """Share of a device's memory that programs cannot have: the runtime's own."""
 
+LONGEST = 512
+"""Tokens of a text where neither the configuration nor known sizes say."""
+
 _GIB = 2**30
 
 
@@ -47,8 +51,8 @@ class Compiled:
 
     Attributes:
       name: of the step.
-      resident: bytes of what lives there during the run and is no argument of this step.
-      arguments: bytes of its arguments.
+      resident: bytes of what lives there during the whole run: state, cache, tokens.
+      own: bytes of what comes for this step alone, such as a batch.
       temporaries: bytes that it needs while it runs, results that reuse no argument among them.
       cost: its work.
       floor: part of the device -> the least seconds it needs.
@@ -57,7 +61,7 @@ class Compiled:
 
     name: str
     resident: int
-    arguments: int
+    own: int
     temporaries: int
     cost: hlo.Cost
     floor: dict[str, float]
@@ -66,7 +70,7 @@ class Compiled:
     @property
     def peak(self) -> int:
         """Bytes that must be there at once."""
-        return self.resident + self.arguments + self.temporaries
+        return self.resident + self.own + self.temporaries
 
     def record(self) -> dict[str, Any]:
         """As JSON."""
@@ -78,7 +82,7 @@ class Compiled:
         return {
             "bytes": {
                 "resident": self.resident,
-                "arguments": self.arguments,
+                "own": self.own,
                 "temporaries": self.temporaries,
                 "peak": self.peak,
             },
@@ -113,40 +117,48 @@ def compile_run(config: ConfigDict, topology: str, output: AnyPath) -> bool:
         devices = list(jax.devices())
         chip = chips.of(devices[0])
     place = placement(config, devices)
-    encoder = find_encoder(config)
+    encoder, lengths = find_encoder(config)
     program = make_program(config, encoder, count_targets(config), place)
+    program.require_shares()
     say(
         f"{len(devices)} devices ({topology or chip.name}), mesh data x fsdp x tensor = "
         f"{' x '.join(str(n) for n in place.mesh.shape.values())}; {program.size:,} targets x "
         f"{encoder.dim}, {config.train.batch_size} queries x {1 + program.method.proposal.draws} "
         "targets a step"
     )
-    fits, steps = True, []
-    for name, lowered, resident in lower_steps(program):
+    too_large, steps = [], []
+    resident, lowered = lower_steps(program, lengths)
+    for name, lower, own in lowered:
         say(f"compiling the {name} step")
         with chips.compiling(devices):
-            found = measure(name, lowered, resident, chip)
+            found = measure(name, lower, resident, own, chip)
         if isinstance(found, str):
             say(f"  does not fit: {found}")
-            fits = False
+            too_large.append(name)
             continue
         steps.append(found)
-        fits &= _fits(found, chip)
+        if chip.memory_bytes and found.peak > (1 - RESERVED) * chip.memory_bytes:
+            too_large.append(name)
         say("\n".join(f"  {line}" for line in describe(found, chip)))
-    say("it fits" if fits else "it does not fit: " + advise(config))
+    if too_large:
+        say(f"it does not fit ({', '.join(too_large)}): {advise(program, too_large)}")
+    elif chip.memory_bytes:
+        say("it fits")
+    else:
+        say(f"whether it fits is not known: there are no figures of {chip.name}")
     record = {
         "topology": topology or chip.name,
         "devices": len(devices),
         "mesh": dict(place.mesh.shape),
         "targets": program.size,
         "chip": dataclasses.asdict(chip),
-        "fits": fits,
+        "fits": not too_large if chip.memory_bytes else None,
         "steps": {step.name: step.record() for step in steps},
         "config": config.to_dict(),
     }
     paths.write(output, json.dumps(record, indent=2) + "\n")
     say(f"written: {output}")
-    return fits
+    return not too_large
 
 
 def count_targets(config: ConfigDict) -> int:
@@ -167,37 +179,48 @@ def count_targets(config: ConfigDict) -> int:
     return min(config.data.max_targets or passages, passages)
 
 
-def find_encoder(config: ConfigDict) -> Encoder:
-    """The encoder that a configuration names, by its known sizes where its weights are not at hand.
+def find_encoder(config: ConfigDict) -> tuple[Encoder, tuple[int, int]]:
+    """The encoder that a configuration names, by its known sizes where those are known.
+
+    Args:
+      config: validated.
+
+    Returns:
+      One tower, and how many tokens a query and a target may have.
 
     Raises:
       UserError: it is neither known nor at hand.
     """
-    model = config.model
+    model, data = config.model, config.data
     if model.weights not in SIZES:
-        return load_encoder(config)[1]
+        texts, encoder, *_ = load_encoder(config)
+        return encoder, (texts.query_max_len, texts.target_max_len)
     known = SIZES[model.weights]
     dim = model.projection or known.projection
-    return Encoder(
+    encoder = Encoder(
         config=pretrained.encoder_config(known.config, layers=model.layers),
         pooling=model.pooling or known.pooling,
         normalize={"": known.normalize, "yes": True, "no": False}[model.normalize],
         dtype=model.dtype,
         project=Projection(dim, bias=False) if dim else None,
     )
+    return encoder, (data.query_max_len or LONGEST, data.target_max_len or LONGEST)
 
 
-def lower_steps(program: Program) -> list[tuple[str, Callable[[], Any], int]]:
-    """Every step of a run: its name, what lowers it from shapes, and bytes that live beside it.
+def lower_steps(
+    program: Program, lengths: tuple[int, int]
+) -> tuple[int, list[tuple[str, Callable[[], Any], int]]]:
+    """Every step of a run.
 
     Args:
       program: the program.
+      lengths: tokens of a query and of a target.
 
     Returns:
-      The steps in the order a run meets them.
+      Bytes that live on a device during the whole run; and the steps in the order a run meets
+      them, each with its name, what lowers it from shapes, and bytes that come for it alone.
     """
-    config, place = program.config, program.place
-    data, plan = config.data, config.compile
+    config, place, plan = program.config, program.place, program.config.compile
     everywhere, dim = place.everywhere, program.model.dim
 
     def array(shape: tuple[int, ...], dtype: Any, sharding: Any = everywhere) -> Any:
@@ -205,9 +228,9 @@ def lower_steps(program: Program) -> list[tuple[str, Callable[[], Any], int]]:
 
     rows = place.pad(program.size, config.negatives.block_rows)
     state = abstract_state(program)
-    tokens = TargetTokens(
-        array((rows, data.target_max_len or 512), jnp.uint16, place.rows), program.size, ""
-    )
+    small = program.model.encoder.config.vocab_size <= 2**16
+    words = array((rows, lengths[1]), jnp.uint16 if small else jnp.int32, place.rows)
+    tokens = TargetTokens(words, program.size, "")
     cache = None
     if program.uses_cache:
         int8 = config.cache.dtype == "int8"
@@ -219,41 +242,39 @@ def lower_steps(program: Program) -> list[tuple[str, Callable[[], Any], int]]:
         )
     count = config.train.batch_size
     batch = Batch(
-        query_tokens=array((count, data.query_max_len or 512), jnp.int32, place.examples),
+        query_tokens=array((count, lengths[0]), jnp.int32, place.examples),
         positive=array((count,), jnp.int32, place.examples),
         known=array((count, plan.known), jnp.int32, place.examples),
         valid=array((count,), jnp.bool_, place.examples),
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = array(key.shape, key.dtype)
-    block, queries = place.pad(config.eval.batch_size), place.pad(plan.queries)
+    block = place.pad(config.eval.batch_size)
+    queries = -(-plan.queries // block) * block
     ids = array((block,), jnp.int32)
     fresh, asked = array((block, dim), jnp.float32), array((queries, dim), jnp.float32, place.rows)
     best = _placed(jax.eval_shape(functools.partial(Best.empty, queries, config.eval.top_k)), asked)
-    held = held_bytes((state, cache, tokens))
-
-    def beside(*arguments: PyTree) -> int:
-        return held - held_bytes(arguments)
-
     steps: list[tuple[str, Callable[[], Any], int]] = [
         (
             "embed",
             lambda: jit_embed(program.model, place).lower(
                 state.params, tokens, ids, length=tokens.ids.shape[1]
             ),
-            beside(state.params, tokens),
+            held_bytes(ids),
         ),
-        ("search", lambda: jit_search(place).lower(best, asked, fresh, ids), held),
+        (
+            "search",
+            lambda: jit_search(place).lower(best, asked, fresh, ids),
+            held_bytes((best, asked, fresh, ids)),
+        ),
         (
             "train",
             lambda: program.train_step().lower(state, cache, tokens, batch, key),
-            beside(state, cache, tokens),
+            held_bytes(batch),
         ),
     ]
     if cache is not None:
-        probe_queries = array(
-            (config.corrector.probe_queries, data.query_max_len or 512), jnp.int32
-        )
+        probe_queries = array((config.corrector.probe_queries, lengths[0]), jnp.int32)
         probe_ids = array((config.corrector.probe_targets,), jnp.int32)
         gap = jax.eval_shape(functools.partial(Gap.empty, queries))
         gap = Gap(
@@ -266,17 +287,17 @@ def lower_steps(program: Program) -> list[tuple[str, Callable[[], Any], int]]:
             (
                 "probe",
                 lambda: program.probe_step().lower(state, cache, tokens, probe_queries, probe_ids),
-                beside(state, cache, tokens),
+                held_bytes((probe_queries, probe_ids)),
             ),
             (
                 "gap",
                 lambda: jit_gap(program.method, place).lower(
                     gap, asked, fresh, ids, cache, state.corrector.gated
                 ),
-                beside(cache),
+                held_bytes((gap, asked, fresh, ids)),
             ),
         ]
-    return steps
+    return held_bytes((state, cache, tokens)), steps
 
 
 def abstract_state(program: Program) -> TrainState:
@@ -292,13 +313,16 @@ def held_bytes(tree: PyTree) -> int:
     )
 
 
-def measure(name: str, lower: Callable[[], Any], resident: int, chip: Chip) -> Compiled | str:
+def measure(
+    name: str, lower: Callable[[], Any], resident: int, own: int, chip: Chip
+) -> Compiled | str:
     """Compiles one step.
 
     Args:
       name: of the step.
       lower: gives what `jax.jit(...).lower(...)` gives.
-      resident: bytes that live beside it.
+      resident: bytes that live on a device during the whole run.
+      own: bytes that come for it alone.
       chip: what it is compiled for.
 
     Returns:
@@ -316,7 +340,7 @@ def measure(name: str, lower: Callable[[], Any], resident: int, chip: Chip) -> C
     return Compiled(
         name=name,
         resident=resident,
-        arguments=memory.argument_size_in_bytes,
+        own=own,
         temporaries=memory.temp_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes,
@@ -330,8 +354,8 @@ def describe(step: Compiled, chip: Chip) -> list[str]:
     """Lines for a terminal: memory, work, what moves between devices, the floor of the time."""
     of = f" of {chip.memory_bytes / _GIB:.1f}" if chip.memory_bytes else ""
     lines = [
-        f"memory  {step.peak / _GIB:.2f}{of} GiB a device: {step.arguments / _GIB:.2f} arguments, "
-        f"{step.temporaries / _GIB:.2f} temporaries, {step.resident / _GIB:.2f} beside it",
+        f"memory  {step.peak / _GIB:.2f}{of} GiB a device: {step.resident / _GIB:.2f} all the "
+        f"time, {step.own / _GIB:.2f} for this step, {step.temporaries / _GIB:.2f} within it",
         f"work    {step.cost.flops / 1e12:.3f} TFLOP, {step.cost.bytes / 1e9:.2f} GB moved",
     ]
     if sweep := step.cost.flops_of["sweep"]:
@@ -349,24 +373,32 @@ def describe(step: Compiled, chip: Chip) -> list[str]:
     return lines
 
 
-def advise(config: ConfigDict) -> str:
-    """What to change where memory does not suffice, the cheapest first."""
-    steps = []
+def advise(program: Program, too_large: list[str]) -> str:
+    """What to change where memory does not suffice, the cheapest first.
+
+    Args:
+      program: the program.
+      too_large: names of the steps that do not fit.
+
+    Returns:
+      Words.
+    """
+    config, steps = program.config, []
+    if {"search", "gap"} & set(too_large):
+        steps += [f"--config.eval.batch_size={max(1, config.eval.batch_size // 2)}"]
     if config.model.dtype != "bfloat16":
         steps.append("--config.model.dtype=bfloat16")
     if not config.train.remat:
         steps.append("--config.train.remat=True")
-    chunk = (config.train.chunk or config.train.batch_size * (1 + config.negatives.draws)) // 2
-    steps.append(f"--config.train.chunk={chunk}")
-    if config.cache.dtype != "int8":
+    shares = program.place.num_shares
+    half = (config.train.chunk or program.encoded_per_step) // 2 // shares * shares
+    if half:
+        steps.append(f"--config.train.chunk={half}")
+    if program.uses_cache and config.cache.dtype != "int8":
         smaller = "bfloat16" if config.cache.dtype == "float32" else "int8"
         steps.append(f"--config.cache.dtype={smaller}")
     steps.append("a wider --config.mesh.fsdp, or more devices")
     return "try, in this order, " + ", ".join(steps)
-
-
-def _fits(step: Compiled, chip: Chip) -> bool:
-    return chip.memory_bytes is None or step.peak <= (1 - RESERVED) * chip.memory_bytes
 
 
 def _on(tree: PyTree, shardings: PyTree) -> Any:

@@ -7,6 +7,7 @@ from what all of them know: the configuration, the step, or a vote.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import sys
 import threading
@@ -73,10 +74,7 @@ def start(
         if given[name] in ("", None):
             given[name] = environment.get(variable, "")
     if all(value == "" for value in given.values()):
-        if not _knows_itself(environment):
-            return False
-        _initialize(None, None, None)
-        return True
+        return _knows_itself(environment) and _find_others()
     for name, value in given.items():
         if value == "":
             raise UserError(
@@ -87,39 +85,55 @@ def start(
         count, number = int(given["processes"] or 0), int(given["process"] or 0)
     except ValueError as error:
         raise UserError(f"--processes and --process must be whole numbers: {error}") from error
-    if not 0 <= number < count:
+    if not 0 <= number < max(count, 1):
         raise UserError(
-            f"--process is {number} of --processes={count}: write a number from 0 to {count - 1}"
+            f"--process is {number} of --processes={count}: write numbers from 0 to --processes - 1"
         )
-    if count == 1:
+    if count <= 1:
         return False
     _initialize(str(given["coordinator"]), count, number)
     return True
 
 
 def _knows_itself(environment: Mapping[str, str]) -> bool:
-    """Whether jax finds the other processes by itself."""
-    tasks = environment.get("SLURM_NTASKS", environment.get("OMPI_COMM_WORLD_SIZE", "1"))
-    if tasks.isdigit() and int(tasks) > 1:
+    """Whether jax may find the other processes by itself."""
+    # A batch script, too, has SLURM_NTASKS: only a task of srun has the nodes of its step.
+    slurm = environment.get("SLURM_NTASKS", "1") if "SLURM_STEP_NODELIST" in environment else "1"
+    if {slurm, environment.get("OMPI_COMM_WORLD_SIZE", "1")} != {"1"}:
         return True
-    wanted = environment.get("JAX_PLATFORMS", "tpu")
+    wanted = environment.get("JAX_PLATFORMS") or "tpu"
     return "tpu" in wanted and any(
         path.exists() for path in (Path("/dev/accel0"), Path("/dev/vfio/0"))
     )
 
 
-def _initialize(coordinator: str | None, processes: int | None, process: int | None) -> None:
+def _find_others() -> bool:
+    try:
+        jax.distributed.initialize(initialization_timeout=_PATIENCE)
+    except ValueError:
+        return False  # jax knows of no cluster here: this is all there is
+    except (RuntimeError, OSError) as error:
+        raise _lost(error) from error
+    return True
+
+
+def _initialize(coordinator: str, processes: int, process: int) -> None:
     try:
         jax.distributed.initialize(
             coordinator, processes, process, initialization_timeout=_PATIENCE
         )
-    except (RuntimeError, ValueError, OSError) as error:
-        said = " ".join(str(error).split())[:300]
-        # Hosts of a pod may come minutes apart, or go away again: the same command may find them.
-        raise LostError(
-            f"the other processes of this job cannot be found ({said}): start all of them within "
-            "five minutes, and check --coordinator or JAX_COORDINATOR_ADDRESS"
-        ) from error
+    except ValueError as error:
+        raise UserError(f"--coordinator={coordinator} is not HOST:PORT ({error})") from error
+    except (RuntimeError, OSError) as error:
+        raise _lost(error) from error
+
+
+def _lost(error: Exception) -> LostError:
+    # Hosts of a pod may come minutes apart, or go away again: the same command may find them.
+    return LostError(
+        f"the other processes of this job cannot be found ({' '.join(str(error).split())[:300]}): "
+        "start all of them within five minutes, and check --coordinator or JAX_COORDINATOR_ADDRESS"
+    )
 
 
 def is_alone() -> bool:
@@ -159,18 +173,40 @@ def same_fate() -> Iterator[None]:
     """What the user has to mend on one process ends all of them, instead of leaving them waiting.
 
     Raises:
-      UserError: the block raised it on some process.
+      UserError: the block raised it, or an OSError, on some process.
+      OSError: the block raised it on this one.
     """
-    mine: UserError | None = None
+    mine: UserError | OSError | None = None
     try:
         yield
-    except UserError as error:
+    except (UserError, OSError) as error:
         mine = error
     problem = first_of(str(mine) if mine else "")
     if mine is not None:
         raise mine
     if problem:
         raise UserError(f"another process of this job cannot go on: {problem}")
+
+
+def require_same(what: str, value: str) -> None:
+    """Refuses to go on where processes that must agree do not.
+
+    Args:
+      what: names it in the message.
+      value: of this process; all of them call this.
+
+    Raises:
+      UserError: on all of them.
+    """
+    if is_alone():
+        return
+    digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8)
+    every = multihost_utils.process_allgather(digest)
+    if (every != every[0]).any():
+        raise UserError(
+            f"the processes of this job do not have the same {what}: give all of them the same "
+            "command, data and --workdir, a folder that every host reaches"
+        )
 
 
 class Vote:
@@ -223,6 +259,19 @@ class Watch:
         """Says that this process goes on."""
         self._last = time.monotonic()
 
+    def add(self, ids: jax.Array, fresh: jax.Array) -> None:
+        """A beat for every block of a pass over the corpus; neither is looked at."""
+        self.beat()
+
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[None]:
+        """Around work that has no steps: nobody is given up while it lasts."""
+        self._last = float("inf")
+        try:
+            yield
+        finally:
+            self.beat()
+
     def __enter__(self) -> Watch:
         if not is_alone():
             threading.Thread(target=self._look, name="watch", daemon=True).start()
@@ -240,11 +289,17 @@ class Watch:
                 )
 
 
-def is_loss(error: BaseException) -> bool:
-    """Whether an error of jax says that another process cannot be reached."""
-    if is_alone() or not isinstance(error, jax.errors.JaxRuntimeError | ValueError | RuntimeError):
+def is_loss(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, says that another process cannot be reached."""
+    if is_alone() or error is None:
         return False
-    return any(sign in str(error).lower() for sign in _SIGNS_OF_LOSS)
+    said = str(error).lower()
+    if isinstance(error, TimeoutError) and "barrier" in said:
+        return True
+    computing = isinstance(error, jax.errors.JaxRuntimeError | ValueError | RuntimeError)
+    if computing and any(sign in said for sign in _SIGNS_OF_LOSS):
+        return True
+    return is_loss(error.__cause__)
 
 
 def give_up(reason: str) -> None:

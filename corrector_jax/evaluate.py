@@ -249,9 +249,10 @@ def evaluate_run(workdir: AnyPath, *, name: str = "", step: int | None = None) -
     """
     if name in ("before", "after", "bm25", "pretrained") or "/" in name:
         raise UserError(f"--name is {name!r}, which names a part of the run itself: write another")
-    config = saved_config(workdir)
+    config = here(saved_config(workdir))
     with Checkpoints.readable(workdir) as checkpoints:
-        job = make_job(config)
+        with distributed.same_fate():
+            job = make_job(config)
         state, cache, position = checkpoints.resume(
             job.init_state(),
             job.empty_cache() if job.uses_cache else None,
@@ -261,9 +262,16 @@ def evaluate_run(workdir: AnyPath, *, name: str = "", step: int | None = None) -
             say=say,
         )
     step, split = position.step, job.final_split
-    result = evaluate(
-        job, state.params, step=step, splits=[split], cache=cache, psi=state.corrector.gated
-    )
+    with distributed.Watch(config.mesh.timeout) as watch:
+        result = evaluate(
+            job,
+            state.params,
+            step=step,
+            splits=[split],
+            cache=cache,
+            psi=state.corrector.gated,
+            also=[watch],
+        )
     name = name or f"{split}-step-{step}"
     record = write(job, workdir, name, result.records[split], result.rankings[split])
     for metric, value in {**record["metrics"], **(record["distribution"] or {})}.items():
@@ -286,7 +294,7 @@ def trained(workdir: AnyPath, *, step: int | None = None) -> tuple[Job, TrainSta
     Raises:
       UserError: there is no run or no checkpoint, or the data is not what it was trained on.
     """
-    config = saved_config(workdir)
+    config = here(saved_config(workdir))
     with Checkpoints.readable(workdir) as checkpoints:
         job = make_job(config)
         state, _, position = checkpoints.resume(
@@ -307,34 +315,51 @@ def saved_config(workdir: AnyPath) -> ConfigDict:
     return configs.from_json(saved.read_text())
 
 
+def here(config: ConfigDict) -> ConfigDict:
+    """A run's configuration on the devices at hand: its mesh only where they can form it."""
+    mesh = config.mesh
+    if mesh.devices > jax.device_count():
+        mesh.devices = 0
+    if (mesh.devices or jax.device_count()) % (mesh.fsdp * mesh.tensor):
+        mesh.fsdp = mesh.tensor = 1
+    config.train.chunk = 0
+    return config
+
+
+def match_words(job: Job, workdir: AnyPath) -> None:
+    """BM25 on the final split, where it is asked for: `eval/bm25.json`."""
+    if not job.config.eval.bm25:
+        return
+    split = job.final_split
+    queries = job.data.splits[split]
+    found = bm25(job.data.target_texts, queries.texts, min(job.config.eval.top_k, job.size))
+    measured = measure(queries, found, job.data.target_ids)
+    record = _record(
+        step=0, split=split, corpus="full", ranked=job.size, measured=measured, distribution=None
+    )
+    write(job, workdir, "bm25", record, found)
+
+
 def references(job: Job, workdir: AnyPath, also: Sequence[Consumer] = ()) -> int:
-    """What the final split's result stands beside: BM25, and the encoder with all its layers.
+    """What the final split's result stands beside: the encoder with all its layers.
 
     Args:
       job: the job.
-      workdir: where `eval/bm25.json` and `eval/pretrained.json` go, as far as they are asked for.
+      workdir: where `eval/pretrained.json` goes, if it is asked for.
       also: other users of the pass.
 
     Returns:
       Targets encoded.
     """
-    split, size, encoded = job.final_split, job.size, 0
-    if job.config.eval.bm25 and distributed.is_lead():
-        queries = job.data.splits[split]
-        found = bm25(job.data.target_texts, queries.texts, min(job.config.eval.top_k, size))
-        measured = measure(queries, found, job.data.target_ids)
-        record = _record(
-            step=0, split=split, corpus="full", ranked=size, measured=measured, distribution=None
-        )
-        write(job, workdir, "bm25", record, found)
-    if job.config.eval.full_encoder:
-        embedder, params = full_encoder(job)
-        result = evaluate(
-            job, params, step=0, splits=[split], embedder=embedder, also=also, label="all layers"
-        )
-        write(job, workdir, "pretrained", result.records[split], result.rankings[split])
-        encoded = result.encoded
-    return encoded
+    if not job.config.eval.full_encoder:
+        return 0
+    split = job.final_split
+    embedder, params = full_encoder(job)
+    result = evaluate(
+        job, params, step=0, splits=[split], embedder=embedder, also=also, label="all layers"
+    )
+    write(job, workdir, "pretrained", result.records[split], result.rankings[split])
+    return result.encoded
 
 
 def _targets_to_rank(job: Job, splits: list[str], corpus: str) -> np.ndarray:

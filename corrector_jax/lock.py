@@ -85,6 +85,10 @@ class Lock:
         if self._disk is not None:
             self._disk.release()
 
+    def holder(self) -> str:
+        """Names the job that holds the lock, as this process sees the workdir; "" = none."""
+        return str(self._read().get("token", ""))
+
     def verify(self) -> None:
         """Makes sure that the lock is still held; called before anything is saved.
 

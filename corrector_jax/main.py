@@ -17,7 +17,7 @@ Flags:
   --coordinator=HOST:PORT --processes=N --process=I
                         this process of a job of several (train, evaluate); TPU hosts and SLURM
                         need none of them, and JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-                        JAX_PROCESS_ID say the same
+                        JAX_PROCESS_ID say the same (docs/scale.md)
   --name=NAME           of that evaluation (SPLIT-step-STEP)
   --step=STEP           which checkpoint (the newest)
   --mode=inspect        show what --workdir holds and check it against its digests
@@ -87,10 +87,12 @@ def main(argv: list[str]) -> None:
     }
     if _MODE.value not in modes:
         raise UserError(f"--mode is {_MODE.value!r}: write {', '.join(modes)}")
-    distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-    if _MODE.value not in ("train", "evaluate") and not distributed.is_alone():
+    if _MODE.value in ("train", "evaluate"):
+        distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    elif _COORDINATOR.value or _PROCESSES.value:
         raise UserError(
-            f"--mode={_MODE.value} runs in one process: start it on one host, without --processes"
+            f"--mode={_MODE.value} runs in one process: start it on one host, without "
+            "--coordinator and --processes"
         )
     _keep_compiled()
     chips.find_devices()
@@ -126,7 +128,7 @@ def cli() -> None:
         sys.exit(EXIT_CODE)
     except OSError as error:
         if error.errno not in _MENDABLE:
-            raise
+            _crash(error)
         print(
             f"error: {error.filename or 'writing'} failed ({error.strerror}): make room or make it "
             "writable, then run the same command again",
@@ -134,12 +136,17 @@ def cli() -> None:
         )
         _fail(2)
     except Exception as error:
-        if distributed.is_alone():
-            raise
-        if distributed.is_loss(error):
-            distributed.give_up("another process of this job cannot be reached any more")
-        traceback.print_exc()
-        _fail(1)
+        _crash(error)
+
+
+def _crash(error: Exception) -> None:
+    """What nobody foresaw, or the loss of another process."""
+    if distributed.is_alone():
+        raise error
+    if distributed.is_loss(error):
+        distributed.give_up("another process of this job cannot be reached any more")
+    traceback.print_exception(error)
+    _fail(1)
 
 
 def _fail(code: int) -> None:
@@ -148,6 +155,8 @@ def _fail(code: int) -> None:
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
+    if distributed.is_lead():
+        time.sleep(2)  # the others, who may have the same to say, end with it
     os._exit(code)
 
 

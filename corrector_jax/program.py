@@ -104,6 +104,20 @@ class Program:
             corrector=jax.tree.map(lambda _: everywhere, state.corrector),
         )
 
+    def require_shares(self) -> None:
+        """Refuses a batch that cannot be trained on.
+
+        Raises:
+          UserError: the mesh cannot share the batch, or a chunk of it, evenly.
+        """
+        shares = self.place.num_shares
+        for key in ("batch_size", "chunk"):
+            if self.config.train[key] % shares:
+                raise UserError(
+                    f"config.train.{key} is {self.config.train[key]}, which {shares} shares of the "
+                    f"mesh (data x fsdp) do not divide: write a multiple of {shares}"
+                )
+
     def train_step(self) -> Wrapped:
         """The train step, jitted for the mesh; state and cache are donated."""
         step = functools.partial(
@@ -147,17 +161,8 @@ def make_program(config: ConfigDict, encoder: Encoder, size: int, place: Placeme
     Returns:
       The program; nothing is compiled or put on a device yet.
 
-    Raises:
-      UserError: the mesh and the configuration do not fit together.
     """
     train = config.train
-    shares = place.num_shares
-    for key in ("batch_size", "chunk"):
-        if train[key] % shares:
-            raise UserError(
-                f"config.train.{key} is {train[key]}, which {shares} shares of the mesh (data x "
-                f"fsdp) do not divide: write a multiple of {shares}"
-            )
     model = DualEncoder(
         encoder,
         shared=config.model.shared_towers,

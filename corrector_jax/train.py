@@ -26,7 +26,7 @@ from corrector_jax.cache import TargetCache
 from corrector_jax.checkpoint import Checkpoints, Position
 from corrector_jax.data import order
 from corrector_jax.embed import Consumer, go_over
-from corrector_jax.evaluate import Evaluated, evaluate, references, saved_config, write
+from corrector_jax.evaluate import Evaluated, evaluate, match_words, references, saved_config, write
 from corrector_jax.job import Job, make_job
 from corrector_jax.lock import Lock
 from corrector_jax.metrics import means
@@ -110,9 +110,10 @@ def train(config: ConfigDict, workdir: AnyPath, *, started: float) -> AnyPath:
     with contextlib.ExitStack() as open_while_it_runs:
         enter = open_while_it_runs.enter_context
         preemption = enter(Preemption(say=say, notices=notices, vote=distributed.Vote()))
-        watch = enter(distributed.Watch(config.mesh.timeout))
+        distributed.require_same("configuration", configs.to_json(config))
         with distributed.same_fate():
             lock = enter(Lock(workdir, say=say, lead=lead))
+        distributed.require_same("--workdir", lock.holder())
         with distributed.same_fate():
             checkpoints = enter(
                 Checkpoints.writable(
@@ -132,6 +133,8 @@ def train(config: ConfigDict, workdir: AnyPath, *, started: float) -> AnyPath:
                 )
         with distributed.same_fate():
             job = make_job(config)
+            job.require_shares()
+        distributed.require_same("data", job.fingerprint)
         preemption.check()
         state = job.init_state()
         cache = job.empty_cache() if job.uses_cache else None
@@ -142,6 +145,7 @@ def train(config: ConfigDict, workdir: AnyPath, *, started: float) -> AnyPath:
             )
             say(f"resumed {workdir} at step {position.step:,}")
         started -= position.seconds
+        watch = enter(distributed.Watch(config.mesh.timeout))
         with distributed.same_fate():
             writer: Writer = Silence()
             if lead:
@@ -170,9 +174,10 @@ def train(config: ConfigDict, workdir: AnyPath, *, started: float) -> AnyPath:
             state, cache = loop(run, state, cache)
             after(run, state, cache)
         params = job.place.fetch(state.params)
-        if lead:
-            finish(job, params, workdir, position, started)
-        distributed.wait_for_all("the run is over")
+        with watch.resting():
+            if lead:
+                finish(job, params, workdir, position, started)
+            distributed.wait_for_all("the run is over")
         return workdir / "report.html"
 
 
@@ -362,6 +367,8 @@ def before(run: Run, state: TrainState, cache: TargetCache | None) -> TargetCach
     job, position = run.job, run.position
     if distributed.is_lead():
         paths.remove(run.workdir / "eval")  # of a run that never got to step 0
+    with run.watch.resting():
+        match_words(job, run.workdir)
     position.ledger["evaluation"] += references(job, run.workdir, also=[run])
     run.check()
     fill: list[Consumer] = [run]
@@ -419,7 +426,8 @@ def save_cache(run: Run, state: TrainState, cache: TargetCache) -> dict[str, Any
     """Saves a snapshot that the state's parameters made; returns the reference to it."""
     run.lock.verify()
     made_by = {**run.job.made_by, "weights": run.job.weights_digest(state.params)}
-    return run.checkpoints.save_cache(cache, step=run.position.step, made_by=made_by)
+    with run.watch.resting():
+        return run.checkpoints.save_cache(cache, step=run.position.step, made_by=made_by)
 
 
 def is_probe_due(run: Run) -> bool:

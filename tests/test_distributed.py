@@ -102,10 +102,10 @@ def alone(folder) -> Path:
 
 
 def test_two_processes_then_one_then_four_end_as_one_would(folder, alone):
-    """Told to stop in between, by a signal to one process alone."""
+    """Told to stop in between, by a signal to one process; the first two share the parameters."""
     workdir = folder / "changing"
-    for processes, step, told in ((2, 2, 1), (1, 6, 0), (4, 14, None)):
-        job = start(folder, workdir, processes)
+    for processes, fsdp, step, told in ((2, 4, 2, 1), (1, 1, 6, 0), (4, 1, 14, None)):
+        job = start(folder, workdir, processes, f"--config.mesh.fsdp={fsdp}")
         if told is not None:
             wait_for_step(workdir, step, job)
             job[told].send_signal(signal.SIGTERM)
@@ -188,7 +188,8 @@ def test_what_one_process_alone_has_to_mend_ends_all(folder):
     [
         ((), {"JAX_NUM_PROCESSES": "2"}, "--coordinator"),
         (("here:1", 2), {}, "--process "),
-        (("here:1", 2, 2), {}, "from 0 to 1"),
+        (("here:1", 2, 2), {}, "from 0 to"),
+        (("here", 2, 1), {}, "HOST:PORT"),
         ((), {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "x", "JAX_PROCESS_ID": "0"},
          "whole numbers"),
     ],
