@@ -89,6 +89,11 @@ def start(
         raise UserError(
             f"--process is {number} of --processes={count}: write numbers from 0 to --processes - 1"
         )
+    if not str(given["coordinator"]).rpartition(":")[2].isdigit():
+        raise UserError(
+            f"--coordinator is {given['coordinator']!r}: write HOST:PORT of process 0, such as "
+            "10.0.0.1:8476"
+        )
     if count <= 1:
         return False
     _initialize(str(given["coordinator"]), count, number)
@@ -122,9 +127,7 @@ def _initialize(coordinator: str, processes: int, process: int) -> None:
         jax.distributed.initialize(
             coordinator, processes, process, initialization_timeout=_PATIENCE
         )
-    except ValueError as error:
-        raise UserError(f"--coordinator={coordinator} is not HOST:PORT ({error})") from error
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         raise _lost(error) from error
 
 
@@ -292,6 +295,8 @@ class Watch:
 def is_loss(error: BaseException | None) -> bool:
     """Whether an error, or what caused it, says that another process cannot be reached."""
     if is_alone() or error is None:
+        return False
+    if isinstance(error, UserError):
         return False
     said = str(error).lower()
     if isinstance(error, TimeoutError) and "barrier" in said:
