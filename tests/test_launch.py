@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -198,6 +199,8 @@ class Machine:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # Tests that run in the background are given SIGINT ignored, which bash cannot undo.
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
 
     def run(self, script: str, *arguments: str, **environment: str) -> tuple[int, str, str]:
@@ -368,7 +371,7 @@ def test_a_signal_reaches_every_process_once_and_all_may_save(machine, ask):
         os.killpg(process.pid, ask)
     else:
         process.send_signal(ask)
-    said, _ = process.communicate(timeout=20)
+    said, _ = process.communicate(timeout=120)
     assert process.returncode == 75
     expected = [f"[{i}] {word}" for i in range(3) for word in (f"from {i}", "saved", "saving")]
     assert sorted(said.splitlines()) == sorted(expected)
@@ -507,7 +510,7 @@ def test_ctrl_c_leaves_the_pod_and_says_how_to_end_it(machine):
     process = machine.start("tpu_pod.sh", "--config=x", BEHAVIOUR="saves()")
     machine.wait_for(1, ready=True)
     os.killpg(process.pid, signal.SIGINT)
-    _, complained = process.communicate(timeout=20)
+    _, complained = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "queued-resources delete pod" in complained
     assert "delete" not in verbs(machine)
