@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
@@ -159,6 +158,13 @@ os.execvp(arguments[0], arguments)
 KUBECTL = "record(stdin=sys.stdin.read())"
 
 
+# What runs in the background is given SIGINT ignored, which bash cannot undo: here it counts.
+WITH_SIGINT = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "os.execv(sys.argv[1], sys.argv[1:])"
+)
+
+
 class Machine:
     """Runs launchers among fakes, and says what those were called with."""
 
@@ -192,15 +198,13 @@ class Machine:
 
     def start(self, script: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [LAUNCH / script, *arguments],
+            [sys.executable, "-c", WITH_SIGINT, str(LAUNCH / script), *arguments],
             env=self.environment | VARIABLES[script] | environment,
             cwd=self.folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            # Tests that run in the background are given SIGINT ignored, which bash cannot undo.
-            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
 
     def run(self, script: str, *arguments: str, **environment: str) -> tuple[int, str, str]:
