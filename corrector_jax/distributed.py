@@ -263,7 +263,7 @@ class Watch:
         self._last = time.monotonic()
 
     def add(self, ids: jax.Array, fresh: jax.Array) -> None:
-        """A beat for every block of a pass over the corpus; neither is looked at."""
+        """A beat for every block of a pass: ids [b] int32 and fresh [b, D] are not looked at."""
         self.beat()
 
     @contextlib.contextmanager
