@@ -7,18 +7,20 @@ from what all of them know: the configuration, the step, or a vote.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Wrapped
 
 from corrector_jax.types import UserError
 
@@ -222,7 +224,6 @@ class Vote:
     def __init__(self) -> None:
         """Nothing was asked yet."""
         self._last: jax.Array | None = None
-        self._sum: Callable[[jax.Array], jax.Array] | None = None
 
     def __call__(self, wish: bool) -> bool:
         """All processes call this equally often.
@@ -235,14 +236,24 @@ class Vote:
         """
         if is_alone():
             return wish
-        mesh = Mesh(np.array(jax.devices()), ("all",))
-        split = NamedSharding(mesh, PartitionSpec("all"))
-        if self._sum is None:
-            self._sum = jax.jit(jax.numpy.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))
         mine = np.full(1, wish, np.int32)
-        wishes = jax.make_array_from_callback((mesh.size,), split, lambda _: mine)
+        shape = (self._mesh.size,)
+        wishes = jax.make_array_from_callback(shape, self._split, lambda _: mine)
         last, self._last = self._last, self._sum(wishes)
         return last is not None and bool(jax.device_get(last))
+
+    # Once: every step asks.
+    @functools.cached_property
+    def _mesh(self) -> Mesh:
+        return Mesh(np.array(jax.devices()), ("all",))
+
+    @functools.cached_property
+    def _split(self) -> NamedSharding:
+        return NamedSharding(self._mesh, PartitionSpec("all"))
+
+    @functools.cached_property
+    def _sum(self) -> Wrapped:
+        return jax.jit(jax.numpy.sum, out_shardings=NamedSharding(self._mesh, PartitionSpec()))
 
 
 class Watch:
@@ -294,14 +305,12 @@ class Watch:
 
 def is_loss(error: BaseException | None) -> bool:
     """Whether an error, or what caused it, says that another process cannot be reached."""
-    if is_alone() or error is None:
-        return False
-    if isinstance(error, UserError):
+    if is_alone() or error is None or isinstance(error, UserError):
         return False
     said = str(error).lower()
     if isinstance(error, TimeoutError) and "barrier" in said:
         return True
-    computing = isinstance(error, jax.errors.JaxRuntimeError | ValueError | RuntimeError)
+    computing = isinstance(error, ValueError | RuntimeError)  # jax raises both
     if computing and any(sign in said for sign in _SIGNS_OF_LOSS):
         return True
     return is_loss(error.__cause__)
