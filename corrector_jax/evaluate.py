@@ -249,20 +249,9 @@ def evaluate_run(workdir: AnyPath, *, name: str = "", step: int | None = None) -
     """
     if name in ("before", "after", "bm25", "pretrained") or "/" in name:
         raise UserError(f"--name is {name!r}, which names a part of the run itself: write another")
-    config = here(saved_config(workdir))
-    with Checkpoints.readable(workdir) as checkpoints:
-        with distributed.same_fate():
-            job = make_job(config)
-        state, cache, position = checkpoints.resume(
-            job.init_state(),
-            job.empty_cache() if job.uses_cache else None,
-            data=job.fingerprint,
-            made_by=job.made_by,
-            step=step,
-            say=say,
-        )
+    job, state, cache, position = _restored(workdir, step=step, with_cache=True)
     step, split = position.step, job.final_split
-    with distributed.Watch(config.mesh.timeout) as watch:
+    with distributed.Watch(job.config.mesh.timeout) as watch:
         result = evaluate(
             job,
             state.params,
@@ -294,13 +283,26 @@ def trained(workdir: AnyPath, *, step: int | None = None) -> tuple[Job, TrainSta
     Raises:
       UserError: there is no run or no checkpoint, or the data is not what it was trained on.
     """
+    job, state, _, position = _restored(workdir, step=step, with_cache=False)
+    return job, state, position
+
+
+def _restored(
+    workdir: AnyPath, *, step: int | None, with_cache: bool
+) -> tuple[Job, TrainState, TargetCache | None, Position]:
     config = here(saved_config(workdir))
     with Checkpoints.readable(workdir) as checkpoints:
-        job = make_job(config)
-        state, _, position = checkpoints.resume(
-            job.init_state(), None, data=job.fingerprint, made_by=job.made_by, step=step, say=say
+        with distributed.same_fate():
+            job = make_job(config)
+        state, cache, position = checkpoints.resume(
+            job.init_state(),
+            job.empty_cache() if with_cache and job.uses_cache else None,
+            data=job.fingerprint,
+            made_by=job.made_by,
+            step=step,
+            say=say,
         )
-    return job, state, position
+    return job, state, cache, position
 
 
 def saved_config(workdir: AnyPath) -> ConfigDict:
