@@ -25,7 +25,7 @@ import numpy as np
 
 from corrector_jax import losses
 from corrector_jax.losses import ESTIMATORS, Pool
-from corrector_jax.types import Array
+from corrector_jax.types import Array, Draws
 
 QUERIES = 16
 TARGETS = 500
@@ -102,7 +102,8 @@ def estimate(
         scores = jnp.einsum("bd,bmd->bm", queries, targets[ids])
         given = jnp.take_along_axis(log_p, ids, axis=1)
         pool = Pool(ids, scores, given, jnp.ones_like(scores, bool))
-    return ESTIMATORS[name](positive, pool, log_z, ids.shape[1]).mean()
+    drawn = Draws(ids, jnp.zeros(ids.shape), ids >= 0, log_z)
+    return ESTIMATORS[name](positive, pool, drawn).mean()
 
 
 @functools.partial(jax.jit, static_argnames=("name", "shared", "draws"))

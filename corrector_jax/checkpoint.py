@@ -50,6 +50,8 @@ class Position:
       skipped: the steps whose loss or gradients were not finite, which changed nothing.
       data: fingerprint of the targets, queries and judgements trained on.
       cache: which snapshot of the cache the state was trained on: its step and sha256.
+      embedded_at: the step before which the whole cache was embedded last.
+      error: relative squared error of what selection uses, at the newest probe since then.
       ledger: targets encoded, by purpose (docs/method.md, 7).
     """
 
@@ -62,6 +64,8 @@ class Position:
     skipped: list[int] = dataclasses.field(default_factory=list)
     data: str = ""
     cache: dict[str, Any] | None = None
+    embedded_at: int = 0
+    error: float | None = None
     ledger: dict[str, int] = dataclasses.field(
         default_factory=lambda: dict.fromkeys(
             ("initial", "refresh", "encoded_with_grad", "encoded_without_grad", "evaluation"), 0
@@ -232,7 +236,10 @@ class Checkpoints:
         sha256 = content.pop("sha256")
         if _sha256(content) != sha256:
             raise DamagedError(f"{self._folder / str(step)}: its position is not what was saved")
-        position = Position(**content["position"])
+        held = content["position"]
+        # Before any step wrote rows, a snapshot was always the whole cache embedded anew.
+        held.setdefault("embedded_at", held["cache"]["step"] if held["cache"] else 0)
+        position = Position(**held)
         self._snapshots[step] = position.cache["step"] if position.cache else None
         return position, content["leaves"]
 

@@ -7,12 +7,14 @@ means "let the strategy, the weights or the data decide" where the comment says 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from corrector_jax.strategies import STRATEGIES
+from corrector_jax import refresh_policy
+from corrector_jax.refresh_policy import RefreshPolicy
+from corrector_jax.strategies import CACHED, SAMPLED, STRATEGIES
 from corrector_jax.types import UserError
 
 WORDS: dict[str, tuple[str, ...]] = {
@@ -27,10 +29,11 @@ WORDS: dict[str, tuple[str, ...]] = {
     "model.normalize": ("", "yes", "no"),
     "model.dtype": ("float32", "bfloat16"),
     "cache.dtype": ("float32", "bfloat16", "int8"),
-    "corrector.kind": ("", "identity", "linear", "mlp"),
+    "corrector.kind": ("", "identity", "linear", "mlp", "nystrom"),
     "corrector.loss": ("mse", "kl", "both"),
-    "loss.estimator": ("", "truncated", "single", "weighted", "balanced"),
-    "refresh.policy": ("", "never", "every"),
+    "negatives.proposal": ("", *CACHED),
+    "loss.estimator": ("", *SAMPLED),
+    "refresh.policy": ("", "never", "every", "schedule", "adaptive", "always"),
     "train.schedule": ("linear", "cosine", "constant"),
     "eval.corpus": ("full", "sample", "corrected"),
 }
@@ -64,7 +67,9 @@ def default() -> ConfigDict:
     """
     c = ConfigDict()
     c.seed = 0  # every random choice is a function of it, of a stream's name and of the step
-    c.strategy = "corrected"  # in_batch | uniform | stale | corrected | refreshed
+    # in_batch | uniform | mined | stale | corrected | nystrom | refreshed | oracle | streaming |
+    # rolling: docs/method.md, 8
+    c.strategy = "corrected"
 
     c.data = ConfigDict()
     c.data.path = ""  # a folder or file; empty = Python functions of the installed packages
@@ -104,7 +109,7 @@ def default() -> ConfigDict:
     c.cache.tile_rows = 0  # rows scored at once on a device; 0 = as many as sweep_mib allows
 
     c.corrector = ConfigDict()
-    c.corrector.kind = ""  # identity | linear | mlp; empty = the strategy's
+    c.corrector.kind = ""  # identity | linear | mlp | nystrom; empty = the strategy's
     c.corrector.hidden = 0  # width of the mlp; 0 = D
     c.corrector.learning_rate = 1e-3
     c.corrector.warmup = 100  # updates of the learning rate's ramp, after every reset too
@@ -112,21 +117,34 @@ def default() -> ConfigDict:
     c.corrector.loss = "mse"  # mse | kl | both
     c.corrector.kl_weight = 0.0  # lambda of "both": MSE + lambda KL
     c.corrector.uniform_rows = 0  # uniform targets encoded per step for the drift loss
+    c.corrector.landmarks = 1024  # nystrom: uniform targets whose drift is interpolated
+    c.corrector.fit_every = 100  # nystrom: steps between encoding them anew
+    c.corrector.ridge = 1e-2  # nystrom: lambda of the kernel ridge regression
     c.corrector.probe_every = 100  # steps between probes, which open the gate
     c.corrector.probe_targets = 1024
     c.corrector.probe_queries = 256
 
     c.negatives = ConfigDict()
+    c.negatives.proposal = ""  # two_level | gumbel_topk | topk; empty = the strategy's
     c.negatives.draws = 8  # m, draws per query
+    c.negatives.mined = 0  # and so many of those found beforehand (truncated only)
+    c.negatives.in_batch = False  # and the positives of the batch's other queries (truncated only)
+    c.negatives.path = ""  # a file of mined negatives; empty = the data's own hard negatives
+    c.negatives.max_relative_score = 0.0  # drop those above this share of s+, as 0.95; 0 = none
     c.negatives.block_rows = 64  # R, rows of a sampling block
 
     c.loss = ConfigDict()
-    c.loss.estimator = ""  # truncated | single | weighted | balanced; empty = the strategy's
+    # truncated | single | weighted | balanced | kool; empty = the strategy's
+    c.loss.estimator = ""
     c.loss.shared = False  # truncated only: pool all draws and positives of the batch
 
     c.refresh = ConfigDict()
-    c.refresh.policy = ""  # never | every; empty = the strategy's
+    # never | every | schedule | adaptive | always; empty = the strategy's, or by what is set below
+    c.refresh.policy = ""
     c.refresh.every = 0  # steps between refreshes
+    c.refresh.schedule = ""  # another interval in each stretch: 0-1000:500,1000-end:2000
+    c.refresh.threshold = 0.0  # adaptive: relative squared error at a probe that asks for one
+    c.refresh.rows = 0  # rolling: targets re-embedded at every step
 
     c.train = ConfigDict()
     c.train.steps = 1000
@@ -273,16 +291,38 @@ def chosen(config: ConfigDict) -> dict[str, str]:
     Returns:
       {"proposal", "corrector", "refresh", "estimator"}.
     """
-    strategy = STRATEGIES[config.strategy]
-    refresh = strategy.refreshes[0]
-    if config.refresh.every and "every" in strategy.refreshes:
-        refresh = "every"
+    strategy, refresh = STRATEGIES[config.strategy], config.refresh
+    asked = [word for word, key in _REFRESHED_BY.items() if refresh[key]]
+    allowed = [word for word in asked if word in strategy.refreshes]
+    proposal = config.negatives.proposal or strategy.proposals[0]
+    estimator = {"gumbel_topk": "kool", "topk": "truncated"}.get(proposal, strategy.estimators[0])
+    if config.negatives.mined or config.negatives.in_batch:
+        estimator = "truncated"
     return {
-        "proposal": strategy.proposal,
+        "proposal": proposal,
         "corrector": config.corrector.kind or strategy.correctors[0],
-        "refresh": config.refresh.policy or refresh,
-        "estimator": config.loss.estimator or strategy.estimators[0],
+        "refresh": refresh.policy or (allowed or strategy.refreshes)[0],
+        "estimator": config.loss.estimator or estimator,
     }
+
+
+def refresh_policy_of(config: ConfigDict) -> RefreshPolicy:
+    """When the cache is re-embedded.
+
+    Raises:
+      UserError: the schedule cannot be read.
+    """
+    refresh = config.refresh
+    made: dict[str, Callable[[], RefreshPolicy]] = {
+        "never": refresh_policy.Never,
+        "every": lambda: refresh_policy.every(refresh.every),
+        "always": lambda: refresh_policy.every(1),
+        "schedule": lambda: refresh_policy.parse(refresh.schedule),
+        "adaptive": lambda: refresh_policy.Adaptive(
+            refresh.threshold, config.corrector.probe_every
+        ),
+    }
+    return made[chosen(config)["refresh"]]()
 
 
 def get(config: ConfigDict, key: str) -> Any:
@@ -349,6 +389,9 @@ def refuse_other_run(config: ConfigDict, saved: ConfigDict, workdir: str) -> Non
         )
 
 
+_REFRESHED_BY = {"every": "every", "schedule": "schedule", "adaptive": "threshold"}
+"""Refresh policy -> the key of config.refresh that it reads."""
+
 _LEAST = {
     "seed": 0,
     "data.max_bad_rows": 0,
@@ -362,6 +405,8 @@ _LEAST = {
     "cache.sweep_mib": 1,
     "cache.tile_rows": 0,
     "corrector.hidden": 0,
+    "corrector.landmarks": 1,
+    "corrector.fit_every": 1,
     "corrector.warmup": 0,
     "corrector.updates": 1,
     "corrector.uniform_rows": 0,
@@ -369,8 +414,12 @@ _LEAST = {
     "corrector.probe_targets": 1,
     "corrector.probe_queries": 1,
     "negatives.draws": 1,
+    "negatives.mined": 0,
+    "negatives.max_relative_score": 0.0,
     "negatives.block_rows": 1,
     "refresh.every": 0,
+    "refresh.threshold": 0.0,
+    "refresh.rows": 0,
     "train.steps": 1,
     "train.batch_size": 1,
     "train.warmup": 0,
@@ -395,12 +444,19 @@ _LEAST = {
     "mesh.tensor": 1,
 }
 
-_POSITIVE = ("mesh.timeout", "model.beta", "train.learning_rate", "corrector.learning_rate")
+_POSITIVE = (
+    "mesh.timeout",
+    "model.beta",
+    "train.learning_rate",
+    "corrector.learning_rate",
+    "corrector.ridge",
+)
 
 
 def _validate_strategy(config: ConfigDict) -> None:
     strategy = STRATEGIES[config.strategy]
     allowed = {
+        "negatives.proposal": strategy.proposals,
         "corrector.kind": strategy.correctors,
         "refresh.policy": strategy.refreshes,
         "loss.estimator": strategy.estimators,
@@ -413,22 +469,74 @@ def _validate_strategy(config: ConfigDict) -> None:
                 f"write {' or '.join(map(repr, words))}, leave it empty, or change config.strategy"
             )
     refresh = chosen(config)["refresh"]
-    if refresh == "every" and not config.refresh.every:
+    for word, key in _REFRESHED_BY.items():
+        value = config.refresh[key]
+        if refresh == word and not value:
+            shown = {"every": "500", "schedule": refresh_policy.EXAMPLE, "threshold": "0.05"}[key]
+            raise UserError(
+                f"strategy {config.strategy!r} refreshes the cache by {word!r} but config.refresh."
+                f"{key} is {value!r}: write it, as in --config.refresh.{key}={shown}"
+            )
+        if refresh != word and value:
+            raise UserError(
+                f"config.refresh.{key} is {value!r}, which only policy {word!r} reads, but "
+                f"strategy {config.strategy!r} has policy {refresh!r}: drop it, or write another "
+                "config.refresh.policy or config.strategy"
+            )
+    if refresh == "adaptive" and not config.corrector.probe_every:
         raise UserError(
-            f"strategy {config.strategy!r} refreshes the cache but config.refresh.every is 0: "
-            "write how many steps lie between refreshes, as in --config.refresh.every=500"
+            "config.refresh.policy 'adaptive' decides by the probe but config.corrector."
+            "probe_every is 0: write how many steps lie between probes"
         )
-    if refresh == "never" and config.refresh.every:
+    if (strategy.cache == "rolling") != bool(config.refresh.rows):
         raise UserError(
-            f"config.refresh.every is {config.refresh.every} but nothing is refreshed under "
-            f"strategy {config.strategy!r} with policy 'never': write 0 or another policy"
+            f"config.refresh.rows is {config.refresh.rows}, but strategy {config.strategy!r} "
+            + (
+                "re-embeds so many targets at every step: write 1 or more"
+                if strategy.cache == "rolling"
+                else "re-embeds none within steps: drop it"
+            )
+        )
+    refresh_policy_of(config)
+    _validate_draws(config)
+
+
+def _validate_draws(config: ConfigDict) -> None:
+    words, negatives = chosen(config), config.negatives
+    proposal, estimator = words["proposal"], words["estimator"]
+    if (estimator == "kool") != (proposal == "gumbel_topk") and estimator != "truncated":
+        raise UserError(
+            f"config.loss.estimator {estimator!r} does not fit draws by {proposal!r}: 'kool' goes "
+            "with --config.negatives.proposal=gumbel_topk and that with 'kool' or 'truncated' alone"
+        )
+    joined = [key for key in ("mined", "in_batch") if negatives[key]]
+    if estimator != "truncated" and (proposal == "topk" or joined):
+        what = f"config.negatives.{joined[0]}" if joined else "config.negatives.proposal 'topk'"
+        raise UserError(
+            f"{what} gives negatives without a probability, which only the estimator 'truncated' "
+            f"takes, but config.loss.estimator is {estimator!r}: write 'truncated' or drop it"
+        )
+    if proposal == "mined" and negatives.mined:
+        raise UserError(
+            "config.negatives.mined joins mined negatives to others but strategy 'mined' has "
+            "nothing else: write their number as config.negatives.draws"
+        )
+    if negatives.path and not negatives.mined and proposal != "mined":
+        raise UserError(
+            f"config.negatives.path is {negatives.path!r} but nothing reads it: write "
+            "--config.strategy=mined, or --config.negatives.mined=1 to join one to the draws"
+        )
+    if negatives.in_batch and (proposal == "in_batch" or config.loss.shared):
+        already = "config.loss.shared" if config.loss.shared else "strategy 'in_batch'"
+        raise UserError(
+            f"config.negatives.in_batch pools the batch's positives, as {already} does: drop it"
         )
 
 
 def _validate_corrector(config: ConfigDict) -> None:
     corrector, words = config.corrector, chosen(config)
-    if words["corrector"] != "identity":
-        life = config.refresh.every if words["refresh"] == "every" else config.train.steps
+    if words["corrector"] in ("linear", "mlp"):
+        life = refresh_policy_of(config).shortest(config.train.steps)
         if not 0 < corrector.probe_every < life:
             raise UserError(
                 f"config.corrector.probe_every is {corrector.probe_every} but a snapshot of the "

@@ -27,6 +27,7 @@ from corrector_jax.models.bert import BertConfig
 from corrector_jax.models.dual_encoder import DualEncoder, Encoder, Projection
 from corrector_jax.models.family import Family
 from corrector_jax.program import Program, make_program, placement
+from corrector_jax.refresh_policy import RefreshPolicy
 from corrector_jax.sharding import Placement
 from corrector_jax.state import TrainState
 from corrector_jax.types import Array, PyTree, UserError
@@ -102,6 +103,7 @@ class Job(Program):
       query_lengths: [n] int32, tokens of the training queries.
       query_widths: what batches of them are cut to.
       known: [n, K] int32, known positives of the training queries, -1 pads.
+      mined: per training query, the rows of its mined negatives; empty where none are wanted.
       probe_queries: [Q, T] int32 on the mesh, queries never trained on.
       probe_ids: [U] int32 on the mesh, the probe's targets.
       tokenization: how texts become tokens.
@@ -119,6 +121,7 @@ class Job(Program):
     query_lengths: np.ndarray
     query_widths: tuple[int, ...]
     known: np.ndarray
+    mined: Sequence[np.ndarray]
     probe_queries: Array
     probe_ids: Array
     tokenization: Tokenization
@@ -127,9 +130,9 @@ class Job(Program):
     made_by: dict[str, Any]
 
     @functools.cached_property
-    def refresh_policy(self) -> str:
-        """When the cache is re-embedded, a word of `refresh.is_due`; asked before every step."""
-        return configs.chosen(self.config)["refresh"]
+    def refresh_policy(self) -> RefreshPolicy:
+        """When the cache is re-embedded; asked before every step."""
+        return configs.refresh_policy_of(self.config)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -140,6 +143,8 @@ class Job(Program):
             digest.update(np.ascontiguousarray(self.query_tokens[name]).tobytes())
             digest.update(self.data.known_positives(name).tobytes())
             digest.update("\n".join(split.query_ids).encode())
+        for rows in self.mined:
+            digest.update(np.asarray(rows, np.int32).tobytes() + b";")
         return digest.hexdigest()
 
     def init_state(self) -> TrainState:
@@ -229,6 +234,7 @@ def make_job(config: ConfigDict) -> Job:
             multiple=LENGTH_MULTIPLE,
         ),
         known=data.known_positives("train"),
+        mined=_mined(config, data) if program.num_mined else (),
         probe_queries=probe_queries,
         probe_ids=probe_ids,
         tokenization=tokenization,
@@ -446,6 +452,17 @@ def _probe(
     )
     ids = chosen.choice(size, min(config.corrector.probe_targets, size), replace=False)
     return place.put_everywhere(queries[rows]), place.put_everywhere(np.sort(ids).astype(np.int32))
+
+
+def _mined(config: ConfigDict, data: RetrievalData) -> Sequence[np.ndarray]:
+    """Per training query, the rows of its mined negatives."""
+    mined = data.splits["train"].negatives
+    if not any(map(len, mined)):
+        raise UserError(
+            f"mined negatives are wanted but {data.name} names no hard negatives for any training "
+            "query: write a file of them as --config.negatives.path"
+        )
+    return mined
 
 
 def _width(lengths: np.ndarray, limit: int) -> int:

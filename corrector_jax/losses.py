@@ -4,7 +4,7 @@ Every estimator approximates, from a few candidates, the loss over all N targets
 
     L_i = log(exp s_i+  +  sum over y not in K_i of exp s_iy) - s_i+
 
-and has one signature: `estimator(positive, pool, log_z, draws) -> [B]` losses. A candidate y is in
+and has one signature: `estimator(positive, pool, drawn) -> [B]` losses. A candidate y is in
 the sum with weight 1 / c_iy, the inverse of how often it is expected in the pool; nothing but the
 fresh scores carries gradient.
 """
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from corrector_jax.types import Array, ArrayLike
+from corrector_jax.types import Array, ArrayLike, Draws
 
 
 class Pool(NamedTuple):
@@ -37,7 +37,7 @@ class Pool(NamedTuple):
     valid: Array
 
 
-Estimator = Callable[[Array, Pool, Array, int], Array]
+Estimator = Callable[[Array, Pool, Draws], Array]
 
 
 def dense(positive: Array, scores: Array, known: Array) -> Array:
@@ -54,7 +54,7 @@ def dense(positive: Array, scores: Array, known: Array) -> Array:
     return _partition(positive, scores, ~known)
 
 
-def truncated(positive: Array, pool: Pool, log_z: Array, draws: int) -> Array:
+def truncated(positive: Array, pool: Pool, drawn: Draws) -> Array:
     """The paper's estimator: a softmax over the candidates as if they were all targets (c = 1).
 
     A duplicate counts once. Biased even where the corrector is exact: it always reads low.
@@ -62,8 +62,7 @@ def truncated(positive: Array, pool: Pool, log_z: Array, draws: int) -> Array:
     Args:
       positive: [B] float32 fresh logits s_i+.
       pool: the candidates.
-      log_z: not used.
-      draws: not used.
+      drawn: not used.
 
     Returns:
       [B] float32 losses in nats.
@@ -71,7 +70,8 @@ def truncated(positive: Array, pool: Pool, log_z: Array, draws: int) -> Array:
     Example:
       >>> s = jnp.zeros((1, 2))
       >>> pool = Pool(jnp.array([[4, 7]]), s, s, jnp.ones((1, 2), bool))
-      >>> round(float(truncated(jnp.zeros(1), pool, jnp.zeros(1), 2)[0]), 4)  # log 3
+      >>> drawn = Draws(pool.ids, pool.log_prob, pool.valid, jnp.zeros(1))
+      >>> round(float(truncated(jnp.zeros(1), pool, drawn)[0]), 4)  # log 3
       1.0986
     """
     if pool.ids.ndim == 1:
@@ -81,7 +81,7 @@ def truncated(positive: Array, pool: Pool, log_z: Array, draws: int) -> Array:
     return _partition(positive, pool.scores, once)
 
 
-def single(positive: Array, pool: Pool, log_z: Array, draws: int) -> Array:
+def single(positive: Array, pool: Pool, drawn: Draws) -> Array:
     """Unbiased gradient where the corrector is exact (Lindgren et al. 2021).
 
     The gradient is that of sigmoid(log Z^- - s+) * (mean_j s_ij - s+) with the sigmoid held fixed;
@@ -91,22 +91,21 @@ def single(positive: Array, pool: Pool, log_z: Array, draws: int) -> Array:
     Args:
       positive: [B] float32 fresh logits s_i+.
       pool: each query's own draws.
-      log_z: [B] float32, log Z_i^-.
-      draws: not used.
+      drawn: gives log Z_i^-.
 
     Returns:
       [B] float32 losses in nats; 0, with no gradient, where nothing was left to draw.
     """
     count = pool.valid.sum(axis=1)
     mean = jnp.where(pool.valid, pool.scores, 0.0).sum(axis=1) / jnp.maximum(count, 1)
-    margin = jnp.where(count > 0, log_z - positive, -jnp.inf)
+    margin = jnp.where(count > 0, drawn.log_z - positive, -jnp.inf)
     weight = jax.lax.stop_gradient(jax.nn.sigmoid(margin))
     surrogate = jnp.where(count > 0, weight * (mean - positive), 0.0)
     value = jax.nn.softplus(jax.lax.stop_gradient(margin))
     return value + surrogate - jax.lax.stop_gradient(surrogate)
 
 
-def weighted(positive: Array, pool: Pool, log_z: Array, draws: int) -> Array:
+def weighted(positive: Array, pool: Pool, drawn: Draws) -> Array:
     """Importance weights of each query's own draws: c_iy = m p_iy.
 
     log(exp s+ + Z^- mean_j exp(s_ij - l_ij)) - s+. Equals `single` draw for draw where the
@@ -115,16 +114,15 @@ def weighted(positive: Array, pool: Pool, log_z: Array, draws: int) -> Array:
     Args:
       positive: [B] float32 fresh logits s_i+.
       pool: each query's own draws.
-      log_z: not used; it is part of `pool.log_prob`.
-      draws: m.
+      drawn: gives m.
 
     Returns:
       [B] float32 losses in nats.
     """
-    return _partition(positive, pool.scores - _count(pool.log_prob, pool.valid, draws), pool.valid)
+    return _partition(positive, pool.scores - _count(pool.log_prob, pool.valid, drawn), pool.valid)
 
 
-def balanced(positive: Array, pool: Pool, log_z: Array, draws: int) -> Array:
+def balanced(positive: Array, pool: Pool, drawn: Draws) -> Array:
     """All draws of the batch, each weighted by how often the whole batch draws it.
 
     log c(y) = log m + logsumexp over queries k of log p_ky: the balance heuristic of multiple
@@ -133,14 +131,39 @@ def balanced(positive: Array, pool: Pool, log_z: Array, draws: int) -> Array:
     Args:
       positive: [B] float32 fresh logits s_i+.
       pool: one pool of all B m draws, with log_prob of every query for every candidate.
-      log_z: not used; it is part of `pool.log_prob`.
-      draws: m.
+      drawn: gives m.
 
     Returns:
       [B] float32 losses in nats.
     """
     of_batch = jax.nn.logsumexp(jax.lax.stop_gradient(pool.log_prob), axis=0, keepdims=True)
-    return _partition(positive, pool.scores - _count(of_batch, pool.valid, draws), pool.valid)
+    return _partition(positive, pool.scores - _count(of_batch, pool.valid, drawn), pool.valid)
+
+
+def kool(positive: Array, pool: Pool, drawn: Draws) -> Array:
+    """Importance weights of draws without replacement (Kool et al. 2019, "Stochastic Beams").
+
+    c_iy = P(y is among the draws | kappa) = 1 - exp(-exp(log p_iy - kappa_i)): given the threshold,
+    the estimate of the partition function is unbiased.
+
+    Args:
+      positive: [B] float32 fresh logits s_i+.
+      pool: each query's own draws.
+      drawn: gives kappa.
+
+    Returns:
+      [B] float32 losses in nats.
+
+    Raises:
+      ValueError: the draws are with replacement.
+    """
+    if drawn.kappa is None:
+        raise ValueError("the estimator kool needs draws without replacement (gumbel_topk)")
+    above = jnp.where(pool.valid, pool.log_prob - drawn.kappa[:, None], 0.0)
+    # -expm1(-exp(a)) underflows where a is very negative; there it equals exp(a).
+    inside = jnp.log(-jnp.expm1(-jnp.exp(jnp.maximum(above, -15.0))))
+    count = jax.lax.stop_gradient(jnp.where(above > -15.0, inside, above))
+    return _partition(positive, pool.scores - count, pool.valid)
 
 
 ESTIMATORS: dict[str, Estimator] = {
@@ -148,6 +171,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "single": single,
     "weighted": weighted,
     "balanced": balanced,
+    "kool": kool,
 }
 
 
@@ -245,7 +269,7 @@ def _partition(positive: Array, terms: Array, valid: Array) -> Array:
     return jax.nn.logsumexp(everything, axis=1) - positive
 
 
-def _count(log_prob: Array, valid: Array, draws: int) -> Array:
+def _count(log_prob: Array, valid: Array, drawn: Draws) -> Array:
     """log c = log m + log p without gradient; finite where it is not used."""
     log_prob = jnp.where(valid, jax.lax.stop_gradient(log_prob), 0.0)
-    return jnp.log(jnp.float32(draws)) + log_prob
+    return jnp.log(jnp.float32(drawn.ids.shape[1])) + log_prob

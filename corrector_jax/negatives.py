@@ -7,16 +7,17 @@ which is what a pool shared by the batch is weighted with.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from corrector_jax import sweep
+from corrector_jax import losses, sweep
 from corrector_jax.cache import TargetCache
 from corrector_jax.models.corrector import Corrector
 from corrector_jax.sharding import Placement
-from corrector_jax.types import Array, ArrayLike, Draws, PyTree
+from corrector_jax.types import Array, ArrayLike, Batch, Draws, PyTree
 
 
 class Gated(NamedTuple):
@@ -39,10 +40,20 @@ class Proposal(Protocol):
         """m, draws per query."""
         ...
 
+    @property
+    def independent(self) -> int:
+        """How many of the draws, the first ones, are i.i.d. from P_h^-."""
+        ...
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether draws depend on cached embeddings."""
+        ...
+
     def draw(
-        self, queries: Array, psi: Gated, cache: TargetCache | None, known: ArrayLike, key: Array
+        self, queries: Array, psi: Gated, cache: TargetCache | None, batch: Batch, key: Array
     ) -> Draws:
-        """Draws m negatives for each of the queries [B, D], none of them in known [B, K]."""
+        """Draws m negatives for each of the queries [B, D], none of them in batch.known [B, K]."""
         ...
 
     def log_prob(self, queries: Array, psi: Gated, stale: Array | None, drawn: Draws) -> Array:
@@ -58,18 +69,14 @@ class InBatch:
     """Nothing is drawn: with a shared pool the negatives are the batch's other positives."""
 
     draws: int = 0
+    independent = 0
+    reads_cache = False
 
     def draw(
-        self, queries: Array, psi: Gated, cache: TargetCache | None, known: ArrayLike, key: Array
+        self, queries: Array, psi: Gated, cache: TargetCache | None, batch: Batch, key: Array
     ) -> Draws:
         """Draws of width 0 for queries [B, D]; only B is read."""
-        batch = queries.shape[0]
-        return Draws(
-            ids=jnp.zeros((batch, 0), jnp.int32),
-            log_prob=jnp.zeros((batch, 0), jnp.float32),
-            valid=jnp.zeros((batch, 0), bool),
-            log_z=jnp.zeros((batch,), jnp.float32),
-        )
+        return _without_probability(jnp.zeros((len(queries), 0), jnp.int32))
 
     def log_prob(self, queries: Array, psi: Gated, stale: Array | None, drawn: Draws) -> Array:
         """[B, 1] zeros: the batch is not a sample with a probability."""
@@ -87,9 +94,11 @@ class Uniform:
 
     draws: int
     size: int
+    independent = 0
+    reads_cache = False
 
     def draw(
-        self, queries: Array, psi: Gated, cache: TargetCache | None, known: ArrayLike, key: Array
+        self, queries: Array, psi: Gated, cache: TargetCache | None, batch: Batch, key: Array
     ) -> Draws:
         """Exact without rejection: one of the N - |K_i| rows left, stepped over the known ones.
 
@@ -97,16 +106,15 @@ class Uniform:
           queries: [B, D]; only B is read.
           psi: not used.
           cache: not used.
-          known: [B, K] int32, distinct; -1 pads.
+          batch: the batch; its known positives are distinct.
           key: a PRNG key.
 
         Returns:
           Draws with log_prob = -log(N - |K_i|) and log_z = 0: there is no partition function.
         """
-        known = jnp.asarray(known)
-        batch = known.shape[0]
+        known = jnp.asarray(batch.known)
         left = self.size - (known >= 0).sum(axis=1)
-        ids = jax.random.randint(key, (batch, self.draws), 0, jnp.maximum(left, 1)[:, None])
+        ids = jax.random.randint(key, (len(known), self.draws), 0, jnp.maximum(left, 1)[:, None])
         ordered = jnp.sort(jnp.where(known < 0, self.size, known), axis=1)
         ids, _ = jax.lax.scan(lambda i, k: (i + (i >= k[:, None]), None), ids, ordered.T)
         valid = jnp.broadcast_to((left > 0)[:, None], ids.shape)
@@ -115,7 +123,7 @@ class Uniform:
             ids=jnp.where(valid, ids, 0),
             log_prob=jnp.where(valid, log_prob, 0.0),
             valid=valid,
-            log_z=jnp.zeros((batch,), jnp.float32),
+            log_z=jnp.zeros((len(known),), jnp.float32),
         )
 
     def log_prob(self, queries: Array, psi: Gated, stale: Array | None, drawn: Draws) -> Array:
@@ -124,8 +132,93 @@ class Uniform:
 
 
 @dataclasses.dataclass(frozen=True)
-class TwoLevel:
-    """m independent draws from the corrected softmax over all targets but the known positives.
+class Mined:
+    """The negatives that came with the batch, found and chosen on the host; reads no cache.
+
+    Attributes:
+      draws: m.
+    """
+
+    draws: int
+    independent = 0
+    reads_cache = False
+
+    def draw(
+        self, queries: Array, psi: Gated, cache: TargetCache | None, batch: Batch, key: Array
+    ) -> Draws:
+        """Those of the batch, as far as they are there and not known positives.
+
+        Args:
+          queries: not used.
+          psi: not used.
+          cache: not used.
+          batch: the batch, with mined [B, m].
+          key: not used: the choice is a function of the seed and the step already.
+
+        Returns:
+          Draws without probabilities: such negatives are no sample of all targets.
+
+        Raises:
+          ValueError: the batch has none, or another number of them.
+        """
+        if batch.mined is None or batch.mined.shape[1] != self.draws:
+            raise ValueError(f"drawing mined negatives needs a batch with {self.draws} a query")
+        mined = jnp.asarray(batch.mined)
+        return _without_probability(jnp.where(losses.is_known(mined, batch.known), -1, mined))
+
+    def log_prob(self, queries: Array, psi: Gated, stale: Array | None, drawn: Draws) -> Array:
+        """[B, 1] zeros: mined negatives are not a sample with a probability."""
+        return jnp.zeros((queries.shape[0], 1), jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """Draws of one proposal beside those of another, as in corrected draws + mined negatives.
+
+    A target that both of them draw counts once with `truncated`, the one estimator allowed here.
+
+    Attributes:
+      first: gives log_z.
+      second: gives no probabilities.
+    """
+
+    first: Proposal
+    second: Proposal
+
+    @property
+    def draws(self) -> int:
+        """m, of both together."""
+        return self.first.draws + self.second.draws
+
+    @property
+    def independent(self) -> int:
+        """Those of `first` that are."""
+        return self.first.independent
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether either of them does."""
+        return self.first.reads_cache or self.second.reads_cache
+
+    def draw(
+        self, queries: Array, psi: Gated, cache: TargetCache | None, batch: Batch, key: Array
+    ) -> Draws:
+        """Those of `first`, with the very key it would have alone, then of `second`: [B, m]."""
+        one = self.first.draw(queries, psi, cache, batch, key)
+        two = self.second.draw(queries, psi, cache, batch, jax.random.fold_in(key, 1))
+        ids, log_prob, valid = (
+            jnp.concatenate(pair, axis=1) for pair in zip(one[:3], two[:3], strict=True)
+        )
+        return Draws(ids, log_prob, valid, one.log_z)
+
+    def log_prob(self, queries: Array, psi: Gated, stale: Array | None, drawn: Draws) -> Array:
+        """[B, 1] zeros: the union is not a sample with a probability."""
+        return jnp.zeros((queries.shape[0], 1), jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cached:
+    """What all proposals over the corrected cache share.
 
     Attributes:
       draws: m.
@@ -143,27 +236,32 @@ class TwoLevel:
     tile_rows: int
     place: Placement
 
-    def draw(
-        self, queries: Array, psi: Gated, cache: TargetCache | None, known: ArrayLike, key: Array
+    independent = 0
+    reads_cache = True
+
+    def log_prob(self, queries: Array, psi: Gated, stale: Array | None, drawn: Draws) -> Array:
+        """l_iy - log Z_i^- of every candidate for every query: [B, P]."""
+        if stale is None:
+            raise ValueError("weighting by the corrected softmax needs cached rows")
+        folded = self.corrector.fold(psi.params, queries, self.beta, psi.gate)
+        logits = folded.queries @ self._lift(psi, stale).T + folded.offset[:, None]
+        return jnp.where(drawn.valid[:, :1], logits - drawn.log_z[:, None], -jnp.inf)
+
+    def _lift(self, psi: Gated, rows: Array) -> Array:
+        return self.corrector.lift(psi.params, rows, psi.gate)
+
+    def _sweep(
+        self,
+        draw: Callable[..., Draws],
+        queries: Array,
+        psi: Gated,
+        cache: TargetCache | None,
+        known: ArrayLike,
+        key: Array | None,
     ) -> Draws:
-        """`sweep.draw_two_level` with h folded where it folds.
-
-        Args:
-          queries: [B, D] float32.
-          psi: the corrector's parameters and gate.
-          cache: the cache, split by row.
-          known: [B, K] int32; -1 pads.
-          key: a PRNG key.
-
-        Returns:
-          Draws with exact log_prob and log_z.
-
-        Raises:
-          ValueError: there is no cache.
-        """
         if cache is None:
             raise ValueError("drawing from the corrected softmax needs a cache")
-        return sweep.draw_two_level(
+        return draw(
             self.corrector.fold(psi.params, queries, self.beta, psi.gate),
             self._lift,
             psi,
@@ -176,13 +274,64 @@ class TwoLevel:
             place=self.place,
         )
 
-    def log_prob(self, queries: Array, psi: Gated, stale: Array | None, drawn: Draws) -> Array:
-        """l_iy - log Z_i^- of every candidate for every query: [B, P]."""
-        if stale is None:
-            raise ValueError("weighting by the corrected softmax needs cached rows")
-        folded = self.corrector.fold(psi.params, queries, self.beta, psi.gate)
-        logits = folded.queries @ self._lift(psi, stale).T + folded.offset[:, None]
-        return jnp.where(drawn.valid[:, :1], logits - drawn.log_z[:, None], -jnp.inf)
 
-    def _lift(self, psi: Gated, rows: Array) -> Array:
-        return self.corrector.lift(psi.params, rows, psi.gate)
+@dataclasses.dataclass(frozen=True)
+class TwoLevel(Cached):
+    """m independent draws from the corrected softmax over all targets but the known positives."""
+
+    @property
+    def independent(self) -> int:  # type: ignore[override]
+        """All of them."""
+        return self.draws
+
+    def draw(
+        self, queries: Array, psi: Gated, cache: TargetCache | None, batch: Batch, key: Array
+    ) -> Draws:
+        """`sweep.draw_two_level` with h folded where it folds.
+
+        Args:
+          queries: [B, D] float32.
+          psi: the corrector's parameters and gate.
+          cache: the cache, split by row.
+          batch: the batch, for its known positives.
+          key: a PRNG key.
+
+        Returns:
+          Draws with exact log_prob and log_z.
+
+        Raises:
+          ValueError: there is no cache.
+        """
+        return self._sweep(sweep.draw_two_level, queries, psi, cache, batch.known, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class GumbelTopK(Cached):
+    """m distinct targets drawn without replacement from the corrected softmax."""
+
+    def draw(
+        self, queries: Array, psi: Gated, cache: TargetCache | None, batch: Batch, key: Array
+    ) -> Draws:
+        """`sweep.draw_top` with noise for queries [B, D]: draws with kappa; as `TwoLevel.draw`."""
+        return self._sweep(sweep.draw_top, queries, psi, cache, batch.known, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class TopK(Cached):
+    """The m likeliest targets by corrected score (ANCE's choice): hard, and no sample."""
+
+    def draw(
+        self, queries: Array, psi: Gated, cache: TargetCache | None, batch: Batch, key: Array
+    ) -> Draws:
+        """`sweep.draw_top` without noise for queries [B, D]; as `TwoLevel.draw`, `key` not used."""
+        return self._sweep(sweep.draw_top, queries, psi, cache, batch.known, None)
+
+
+def _without_probability(ids: Array) -> Draws:
+    """Draws that are no sample of all targets: [B, m] int32, -1 for one that is not there."""
+    return Draws(
+        ids=jnp.maximum(ids, 0),
+        log_prob=jnp.zeros(ids.shape, jnp.float32),
+        valid=ids >= 0,
+        log_z=jnp.zeros((len(ids),), jnp.float32),
+    )

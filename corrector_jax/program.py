@@ -17,10 +17,22 @@ from corrector_jax import config as configs
 from corrector_jax import losses, optimizer, rng, sweep
 from corrector_jax.cache import TargetCache
 from corrector_jax.models import corrector as correctors
+from corrector_jax.models.corrector import Corrector, Nystrom
 from corrector_jax.models.dual_encoder import DualEncoder, Encode, Encoder, rematerialised
-from corrector_jax.negatives import InBatch, Proposal, TwoLevel, Uniform
+from corrector_jax.negatives import (
+    GumbelTopK,
+    InBatch,
+    Joined,
+    Mined,
+    Proposal,
+    TopK,
+    TwoLevel,
+    Uniform,
+)
 from corrector_jax.sharding import Placement, make_placement, rules_of
 from corrector_jax.state import CorrectorState, TrainState, init_corrector, init_state
+from corrector_jax.steps.cache_policy import CachePolicy, Keep, Rolling, WriteBack
+from corrector_jax.steps.fit_step import fit_step
 from corrector_jax.steps.probe_step import probe_step
 from corrector_jax.steps.train_step import Method, train_step
 from corrector_jax.types import Array, PyTree, UserError
@@ -56,9 +68,15 @@ class Program:
         return int(self.config.train.batch_size * (1 + self.method.proposal.draws))
 
     @property
+    def num_mined(self) -> int:
+        """Mined negatives that a batch has for each query."""
+        only = isinstance(self.method.proposal, Mined)
+        return int(self.config.negatives.draws if only else self.config.negatives.mined)
+
+    @property
     def uses_cache(self) -> bool:
         """Whether the strategy reads cached embeddings."""
-        return isinstance(self.method.proposal, TwoLevel)
+        return self.method.proposal.reads_cache
 
     def init_corrector(self, step: int) -> CorrectorState:
         """A corrector at the identity, for the snapshot made before step `step`."""
@@ -131,6 +149,19 @@ class Program:
         out = (self.state_sharding, self.place.rows, self.place.everywhere)
         return self.place.jit_step(step, out, donate=(0, 1))
 
+    def fit_step(self) -> Wrapped:
+        """The step that fits a kernel corrector, jitted for the mesh; the state is donated.
+
+        Raises:
+          TypeError: the corrector is not fitted but learned.
+        """
+        if not isinstance(self.method.corrector, Nystrom):
+            raise TypeError(f"{self.method.corrector} has no landmarks to fit")
+        step = functools.partial(
+            fit_step, model=self.model, corrector=self.method.corrector, place=self.place
+        )
+        return self.place.jit_step(step, self.state_sharding, donate=(0,))
+
     def probe_step(self) -> Wrapped:
         """The probe step, jitted for the mesh; the state is donated."""
         step = functools.partial(
@@ -181,7 +212,7 @@ def make_program(config: ConfigDict, encoder: Encoder, size: int, place: Placeme
         size=size,
         place=place,
         model=model,
-        method=_method(config, size, encoder, place),
+        method=_method(config, size, model, place),
         learning_rate=learning_rate,
         tx=optimizer.task_optimizer(
             learning_rate,
@@ -244,46 +275,63 @@ def _wrap(config: ConfigDict, place: Placement) -> Callable[[Encode], Encode]:
     return wrap
 
 
-def _method(config: ConfigDict, size: int, encoder: Encoder, place: Placement) -> Method:
+def _method(config: ConfigDict, size: int, model: DualEncoder, place: Placement) -> Method:
     words = configs.chosen(config)
+    strategy = configs.STRATEGIES[config.strategy]
     corrector = correctors.make(
-        words["corrector"], hidden=config.corrector.hidden, normalize=encoder.normalize
+        words["corrector"],
+        hidden=config.corrector.hidden,
+        landmarks=min(config.corrector.landmarks, size),
+        ridge=config.corrector.ridge,
+        normalize=model.encoder.normalize,
     )
-    draws = config.negatives.draws
-    proposal: Proposal
-    if words["proposal"] == "two_level":
-        proposal = TwoLevel(
-            draws=draws,
-            beta=config.model.beta,
-            corrector=corrector,
-            block_rows=config.negatives.block_rows,
-            tile_rows=config.cache.tile_rows
-            or sweep.tile_rows(
-                config.cache.sweep_mib << 20,
-                batch=config.train.batch_size,
-                dim=encoder.dim,
-                hidden=corrector.width(encoder.dim),
-                draws=draws,
-                block_rows=config.negatives.block_rows,
-            ),
-            place=place,
-        )
-    elif words["proposal"] == "uniform":
-        proposal = Uniform(draws=draws, size=size)
-    else:
-        proposal = InBatch()
+    policies: dict[str, CachePolicy] = {
+        "keep": Keep(),
+        "write_back": WriteBack(place),
+        "rolling": Rolling(config.refresh.rows, model, place),
+    }
     estimator = words["estimator"]
     in_batch = words["proposal"] == "in_batch"
     drift = {"mse": (1.0, 0.0), "kl": (0.0, 1.0), "both": (1.0, config.corrector.kl_weight)}
     mse_weight, kl_weight = drift[config.corrector.loss]
     return Method(
         beta=config.model.beta,
-        proposal=proposal,
+        proposal=_proposal(config, words["proposal"], size, corrector, model, place),
         estimator=losses.ESTIMATORS[estimator],
         shared=estimator == "balanced" or config.loss.shared or in_batch,
         positives=estimator == "truncated",
         corrector=corrector,
+        cache_policy=policies[strategy.cache],
+        in_batch=config.negatives.in_batch,
+        max_relative_score=config.negatives.max_relative_score,
         uniform_rows=config.corrector.uniform_rows if corrector.learns else 0,
         mse_weight=mse_weight,
         kl_weight=kl_weight,
     )
+
+
+def _proposal(
+    config: ConfigDict,
+    word: str,
+    size: int,
+    corrector: Corrector,
+    model: DualEncoder,
+    place: Placement,
+) -> Proposal:
+    negatives, draws = config.negatives, config.negatives.draws
+    tile_rows = config.cache.tile_rows or sweep.tile_rows(
+        config.cache.sweep_mib << 20,
+        batch=config.train.batch_size,
+        dim=model.dim,
+        hidden=corrector.width(model.dim),
+        draws=draws,
+        block_rows=negatives.block_rows,
+    )
+    made: dict[str, Proposal] = {"uniform": Uniform(draws, size), "mined": Mined(draws)}
+    made["in_batch"] = InBatch()
+    for name, kind in (("two_level", TwoLevel), ("gumbel_topk", GumbelTopK), ("topk", TopK)):
+        made[name] = kind(
+            draws, config.model.beta, corrector, negatives.block_rows, tile_rows, place
+        )
+    proposal = made[word]
+    return Joined(proposal, Mined(negatives.mined)) if negatives.mined else proposal

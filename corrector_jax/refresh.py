@@ -1,4 +1,4 @@
-"""When the cache is re-embedded, and how a snapshot of the whole corpus is written."""
+"""How a snapshot of the whole corpus is written into the cache."""
 
 from __future__ import annotations
 
@@ -11,20 +11,6 @@ from corrector_jax import cache as caches
 from corrector_jax.cache import TargetCache
 from corrector_jax.sharding import Placement
 from corrector_jax.types import Array
-
-
-def is_due(step: int, *, policy: str, every: int) -> bool:
-    """Whether the cache is refreshed before training step `step` (docs/method.md, 6).
-
-    Args:
-      step: steps done so far.
-      policy: "never" or "every".
-      every: R; due where step > 0 and step mod R = 0.
-
-    Returns:
-      True when a refresh is due.
-    """
-    return policy == "every" and step > 0 and step % every == 0
 
 
 class CacheWriter:

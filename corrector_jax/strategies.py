@@ -1,43 +1,57 @@
 """Strategies: one word for how negatives are chosen and how the cache lives (docs/method.md, 8).
 
-A strategy is a value that sets defaults. To add one, add a line to `STRATEGIES`; only a new
-proposal, corrector or refresh policy needs code, in `negatives`, `models/corrector` or `refresh`.
+A strategy is a value that sets defaults and says what may be changed. To add one, add a line to
+`STRATEGIES`; only a new proposal, corrector, cache policy or refresh policy needs code, in
+`negatives`, `models/corrector`, `steps/cache_policy` or `refresh_policy`.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+SAMPLED = ("balanced", "truncated", "single", "weighted", "kool")
+"""Task losses for draws from a softmax over all targets."""
+
+CACHED = ("two_level", "gumbel_topk", "topk")
+"""Proposals that read the cache."""
+
 
 class Strategy(NamedTuple):
     """What a strategy word stands for.
 
     Attributes:
-      proposal: "two_level", "uniform" or "in_batch".
-      correctors: config words allowed for the corrector; the first is the default.
-      refreshes: config words allowed for refresh; the first is the default.
-      estimators: config words allowed for the task loss; the first is the default.
+      proposals: config words allowed for the proposal; the first is the default, as below.
+      correctors: for the corrector.
+      refreshes: for the refresh policy.
+      estimators: for the task loss.
+      cache: what a step does to the cache: "keep", "write_back" or "rolling".
     """
 
-    proposal: str
-    correctors: tuple[str, ...]
-    refreshes: tuple[str, ...]
-    estimators: tuple[str, ...]
+    proposals: tuple[str, ...]
+    correctors: tuple[str, ...] = ("identity",)
+    refreshes: tuple[str, ...] = ("never",)
+    estimators: tuple[str, ...] = SAMPLED
+    cache: str = "keep"
 
     @property
     def uses_cache(self) -> bool:
         """Whether the proposal reads cached embeddings."""
-        return self.proposal == "two_level"
+        return self.proposals[0] in CACHED
 
-
-_SAMPLED = ("balanced", "truncated", "single", "weighted")
 
 STRATEGIES: dict[str, Strategy] = {
-    "in_batch": Strategy("in_batch", ("identity",), ("never",), ("truncated",)),
-    "uniform": Strategy(
-        "uniform", ("identity",), ("never",), ("weighted", "balanced", "truncated")
+    "in_batch": Strategy(("in_batch",), estimators=("truncated",)),
+    "uniform": Strategy(("uniform",), estimators=("weighted", "balanced", "truncated")),
+    "mined": Strategy(("mined",), estimators=("truncated",)),
+    "stale": Strategy(CACHED),
+    "corrected": Strategy(
+        CACHED,
+        correctors=("mlp", "linear"),
+        refreshes=("never", "every", "schedule", "adaptive"),
     ),
-    "stale": Strategy("two_level", ("identity",), ("never",), _SAMPLED),
-    "corrected": Strategy("two_level", ("mlp", "linear"), ("never", "every"), _SAMPLED),
-    "refreshed": Strategy("two_level", ("identity",), ("every",), _SAMPLED),
+    "nystrom": Strategy(CACHED, correctors=("nystrom",)),
+    "refreshed": Strategy(CACHED, refreshes=("every", "schedule", "adaptive")),
+    "oracle": Strategy(CACHED, refreshes=("always",)),
+    "streaming": Strategy(CACHED, cache="write_back"),
+    "rolling": Strategy(CACHED, cache="rolling"),
 }

@@ -8,7 +8,7 @@ of the pass scores at once: it bounds the temporaries ([B, tile] logits) and cha
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,9 @@ from corrector_jax.cache import TargetCache
 from corrector_jax.models.corrector import Folded
 from corrector_jax.sharding import AXES, EVERYWHERE, ROWS, Placement, local_start
 from corrector_jax.types import Array, Draws, PyTree
+
+_NOTHING = jnp.finfo(jnp.float32).min
+"""Stands for -inf where a sum over devices must not meet it."""
 
 Lift = Callable[[PyTree, Array], Array]
 """What a corrector does to each row: (parameters, [..., D] stale rows) -> [..., D]."""
@@ -57,63 +60,39 @@ def draw_two_level(
     Returns:
       Draws with ids [B, m], log_prob [B, m], valid [B, m], log_z [B].
     """
-    block_key, row_key = jax.random.split(key)
     batch = folded.queries.shape[0]
 
     def local(
         folded: Folded, params: PyTree, cache: TargetCache, known: Array, keys: tuple[Array, Array]
     ) -> Draws:
         block_key, row_key = keys
-        held = cache.embeddings.shape[0]
-        first_row = local_start(held)
-        first_block = first_row // block_rows
-        blocks = held // block_rows
-        per_tile = _blocks_per_tile(blocks, tile_rows // block_rows)
-        tile = per_tile * block_rows
-
-        order = jnp.argsort(known.reshape(-1))  # by row, so that a tile finds its own
-        known_rows, known_to = known.reshape(-1)[order], order // known.shape[1]
-
-        def logits_of(rows: Array) -> Array:
-            return folded.queries @ rows.T + folded.offset[:, None]
+        share = _Share(folded, lift, params, cache, known, block_rows, tile_rows)
 
         def step(carry: _Best, index: Array) -> tuple[_Best, None]:
-            # The last tile is moved back to end with the share; blocks already seen are masked.
-            start = jnp.minimum(index * per_tile, blocks - per_tile)
-            numbers = start + jnp.arange(per_tile)
-            rows = lift(params, caches.read_slice(cache, start * block_rows, tile))
-            logits = logits_of(rows)  # [B, tile]
-            ids = first_row + start * block_rows + jnp.arange(tile)
-            out = (ids >= cache.size) | jnp.repeat(numbers < index * per_tile, block_rows)
-            logits = jnp.where(out[None, :], -jnp.inf, logits)
-            # Masked before the log-sum-exp: subtracting a known positive afterwards cancels.
-            logits = _mask(logits, ids[0], known_rows, known_to)
-            level = _logsumexp(logits.reshape(batch, per_tile, block_rows))  # [B, blocks]
+            numbers, logits = share.tile(index)
+            level = _logsumexp(logits)  # [B, blocks]
             noise = jax.vmap(
                 lambda block: jax.random.gumbel(
                     jax.random.fold_in(block_key, block), (batch, draws), mode="high"
                 )
-            )(first_block + numbers)  # [blocks, B, m]
+            )(numbers)  # [blocks, B, m]
             value = level.T[:, :, None] + noise
             best = jnp.argmax(value, axis=0)  # [B, m]
-            value = jnp.max(value, axis=0)
             found = _Best(
-                value=value,
-                block=first_block + start + best,
+                value=jnp.max(value, axis=0),
+                block=numbers[best],
                 level=jnp.take_along_axis(level, best, axis=1),
                 log_z=_logsumexp(level),
             )
             return _better(carry, found), None
 
-        tiles = -(-blocks // per_tile)
         nothing = _Best(
             value=jnp.full((batch, draws), -jnp.inf),
             block=jnp.zeros((batch, draws), jnp.int32),
             level=jnp.full((batch, draws), -jnp.inf),
             log_z=jnp.full((batch,), -jnp.inf),
         )
-        nothing = jax.tree.map(lambda x: jax.lax.pcast(x, AXES, to="varying"), nothing)
-        mine, _ = jax.lax.scan(step, nothing, jnp.arange(tiles))
+        mine, _ = jax.lax.scan(step, _varying(nothing), jnp.arange(share.tiles))
 
         # Across devices the largest value wins; a tie (both -inf) goes to the lowest block.
         value = jax.lax.pmax(mine.value, AXES)
@@ -122,21 +101,11 @@ def draw_two_level(
         owner = ahead & (mine.block == block)
         level = jax.lax.psum(jnp.where(owner, mine.level, 0.0), AXES)
         valid = value > -jnp.inf
-        top = jax.lax.pmax(mine.log_z, AXES)
-        finite_top = jnp.where(top > -jnp.inf, top, 0.0)
-        log_z = finite_top + jnp.log(jax.lax.psum(jnp.exp(mine.log_z - finite_top), AXES))
+        log_z = _total(mine.log_z)
 
         def draw_row(pair: Array) -> tuple[Array, Array]:
             """A row within the winning block of each (query, draw): [n] -> ids, log p there."""
-            query = pair // draws
-            own = jnp.clip(block.reshape(-1)[pair] - first_block, 0, blocks - 1)
-            here = own[:, None] * block_rows + jnp.arange(block_rows)[None, :]
-            rows = lift(params, caches.read_at(cache, here))  # [n, R, D]
-            logits = jnp.einsum("nd,nrd->nr", folded.queries[query], rows)
-            logits += folded.offset[query][:, None]
-            ids = first_row + here
-            out = (ids >= cache.size) | (ids[:, :, None] == known[query][:, None, :]).any(-1)
-            logits = jnp.where(out, -jnp.inf, logits)
+            ids, logits = share.block(pair // draws, block.reshape(-1)[pair])
             noise = jax.vmap(
                 lambda number: jax.random.gumbel(
                     jax.random.fold_in(row_key, number), (block_rows,), mode="high"
@@ -146,28 +115,8 @@ def draw_two_level(
             log_prob = jnp.take_along_axis(logits, best, axis=1)[:, 0] - _logsumexp(logits)
             return jnp.take_along_axis(ids, best, axis=1)[:, 0], log_prob
 
-        # Each device draws in the blocks it holds, a turn at a time: one that holds none of the
-        # winners does nothing. No more rows are alive at once than a tile has.
-        pairs = batch * draws
-        at_once = min(batch, -(-pairs // place.num_devices))
-        together = min(at_once, per_tile)
-        at_once = -(-at_once // together) * together
-        mine_first = jnp.argsort(~owner.reshape(-1), stable=True)
-        count = owner.sum()
-
-        def some(turn: Array, drawn: tuple[Array, Array]) -> tuple[Array, Array]:
-            at = turn * at_once + jnp.arange(at_once)
-            pair = mine_first[jnp.minimum(at, pairs - 1)]
-            there = jnp.where(at < count, pair, pairs)  # one past the end: dropped
-            found = jax.lax.map(draw_row, pair.reshape(-1, together))
-            return tuple(  # type: ignore[return-value]
-                held.at[there].set(new.reshape(-1), mode="drop")
-                for held, new in zip(drawn, found, strict=True)
-            )
-
-        drawn = (jnp.zeros(pairs, jnp.int32), jnp.zeros(pairs, jnp.float32))
-        drawn = jax.tree.map(lambda x: jax.lax.pcast(x, AXES, to="varying"), drawn)
-        drawn = jax.lax.fori_loop(0, -(-count // at_once), some, drawn)
+        nobody = (jnp.zeros(batch * draws, jnp.int32), jnp.zeros(batch * draws, jnp.float32))
+        drawn = share.where_owned(draw_row, owner, nobody, place)
         ids, in_block = (jax.lax.psum(x, AXES).reshape(batch, draws) for x in drawn)
         log_prob = level - log_z[:, None] + in_block
         return Draws(
@@ -177,11 +126,238 @@ def draw_two_level(
             log_z=log_z,
         )
 
+    return _swept(local, folded, params, cache, known, tuple(jax.random.split(key)), place)
+
+
+def draw_top(
+    folded: Folded,
+    lift: Lift,
+    params: PyTree,
+    cache: TargetCache,
+    known: Array,
+    key: Array | None,
+    *,
+    draws: int,
+    block_rows: int,
+    tile_rows: int,
+    place: Placement,
+) -> Draws:
+    """m distinct targets a query: a sample without replacement from P_h^-, or the m likeliest.
+
+    Gumbel-top-k without noise per element (docs/method.md, 3): a block's largest perturbed logit is
+    distributed as its log-sum-exp plus one Gumbel, so the m + 1 blocks with the largest of those
+    hold the m + 1 largest of all. Only they are expanded into rows, their noise conditioned on its
+    maximum (Kool et al. 2019). The draws are the same on every mesh.
+
+    Args:
+      folded: queries [B, D] and offsets [B], beta and the corrector's linear part included.
+      lift: what is left of the corrector per row.
+      params: the corrector's parameters (and gate), handed to `lift`.
+      cache: the cache, split by row; each device holds whole blocks.
+      known: [B, K] int32, rows never drawn for that query; -1 pads.
+      key: a PRNG key; None = the m largest logits, without noise.
+      draws: m.
+      block_rows: R. Draws depend on it where there is a key.
+      tile_rows: rows scored at once on a device; no draw depends on it.
+      place: the mesh.
+
+    Returns:
+      Draws in falling order of the (perturbed) logit, with log_prob under P_h^-; kappa where there
+      is a key.
+    """
+    batch, count = folded.queries.shape[0], draws + 1
+
+    def local(
+        folded: Folded,
+        params: PyTree,
+        cache: TargetCache,
+        known: Array,
+        keys: tuple[Array, Array] | None,
+    ) -> Draws:
+        share = _Share(folded, lift, params, cache, known, block_rows, tile_rows)
+
+        def step(
+            carry: tuple[Array, Array, Array], index: Array
+        ) -> tuple[tuple[Array, Array, Array], None]:
+            value, block, log_z = carry
+            numbers, logits = share.tile(index)
+            level = _logsumexp(logits)  # [B, blocks]
+            found = logits.max(axis=-1)
+            if keys is not None:
+                noise = jax.vmap(
+                    lambda number: jax.random.gumbel(
+                        jax.random.fold_in(keys[0], number), (batch,), mode="high"
+                    )
+                )(numbers)
+                found = level + noise.T
+            named = jnp.broadcast_to(numbers[None, :], found.shape)
+            value, block = _top(
+                jnp.concatenate([value, found], axis=1),
+                jnp.concatenate([block, named], axis=1),
+                count,
+            )
+            return (value, block, jnp.logaddexp(log_z, _logsumexp(level))), None
+
+        nothing = (
+            jnp.full((batch, count), -jnp.inf),
+            jnp.zeros((batch, count), jnp.int32),
+            jnp.full((batch,), -jnp.inf),
+        )
+        mine, _ = jax.lax.scan(step, _varying(nothing), jnp.arange(share.tiles))
+        log_z = _total(mine[2])
+        value, block = _top_of_all(mine[0], mine[1], count)  # [B, m + 1], on every device
+        owner = share.holds(block) & (value > -jnp.inf)
+
+        def expand(pair: Array) -> tuple[Array, Array, Array]:
+            """Every row of a winning block: [n] -> ids, logits, perturbed logits [n, R]."""
+            query, number = pair // count, block.reshape(-1)[pair]
+            ids, logits = share.block(query, number)
+            if keys is None:
+                return ids, logits, logits
+            noise = jax.vmap(
+                lambda q, b: jax.random.gumbel(
+                    jax.random.fold_in(jax.random.fold_in(keys[1], q), b),
+                    (block_rows,),
+                    mode="high",
+                )
+            )(query, number)
+            return ids, logits, _given_max(logits + noise, value.reshape(-1)[pair])
+
+        rows = (batch * count, block_rows)
+        nobody = (jnp.zeros(rows, jnp.int32), jnp.zeros(rows), jnp.full(rows, -jnp.inf))
+        ids, logits, perturbed = (
+            x.reshape(batch, -1) for x in share.where_owned(expand, owner, nobody, place)
+        )
+        perturbed, at = jax.lax.top_k(perturbed, count)
+        ids, logits = (jnp.take_along_axis(x, at, axis=1) for x in (ids, logits))
+        best, ids, logits = _top_of_all(perturbed, ids, count, logits)
+        valid = best[:, :draws] > -jnp.inf
+        safe = jnp.where(log_z > -jnp.inf, log_z, 0.0)[:, None]
+        return Draws(
+            ids=jnp.where(valid, ids[:, :draws], 0),
+            log_prob=jnp.where(valid, logits[:, :draws] - safe, 0.0),
+            valid=valid,
+            log_z=log_z,
+            kappa=None if keys is None else best[:, draws] - safe[:, 0],
+        )
+
+    keys = None if key is None else tuple(jax.random.split(key))
+    return _swept(local, folded, params, cache, known, keys, place)
+
+
+class _Share:
+    """A device's own rows of the cache while they are swept: the logits of a tile, and of a block.
+
+    Attributes:
+      tiles: how many the share is swept in.
+    """
+
+    def __init__(
+        self,
+        folded: Folded,
+        lift: Lift,
+        params: PyTree,
+        cache: TargetCache,
+        known: Array,
+        block_rows: int,
+        tile_rows: int,
+    ) -> None:
+        """Takes what `draw_two_level` takes, within `Placement.per_device`."""
+        self._folded, self._cache, self._known = folded, cache, known
+        self._lift, self._block_rows = lambda rows: lift(params, rows), block_rows
+        held = cache.embeddings.shape[0]
+        self._first_row = local_start(held)
+        self._first_block = self._first_row // block_rows
+        self._blocks = held // block_rows
+        self._per_tile = _blocks_per_tile(self._blocks, tile_rows // block_rows)
+        self.tiles = -(-self._blocks // self._per_tile)
+        order = jnp.argsort(known.reshape(-1))  # by row, so that a tile finds its own
+        self._known_rows, self._known_to = known.reshape(-1)[order], order // known.shape[1]
+
+    def tile(self, index: Array) -> tuple[Array, Array]:
+        """Global numbers of a tile's blocks [blocks], and their logits [B, blocks, R]."""
+        per_tile, rows = self._per_tile, self._block_rows
+        # The last tile is moved back to end with the share; blocks already seen are masked.
+        start = jnp.minimum(index * per_tile, self._blocks - per_tile)
+        numbers = start + jnp.arange(per_tile)
+        stale = caches.read_slice(self._cache, start * rows, per_tile * rows)
+        logits = self._folded.queries @ self._lift(stale).T + self._folded.offset[:, None]
+        ids = self._first_row + start * rows + jnp.arange(per_tile * rows)
+        out = (ids >= self._cache.size) | jnp.repeat(numbers < index * per_tile, rows)
+        logits = jnp.where(out[None, :], -jnp.inf, logits)
+        # Masked before the log-sum-exp: subtracting a known positive afterwards cancels.
+        logits = _mask(logits, ids[0], self._known_rows, self._known_to)
+        return self._first_block + numbers, logits.reshape(-1, per_tile, rows)
+
+    def block(self, query: Array, number: Array) -> tuple[Array, Array]:
+        """Rows of block `number` [n] as query [n] sees them, same mask: ids, logits [n, R]."""
+        own = jnp.clip(number - self._first_block, 0, self._blocks - 1)
+        here = own[:, None] * self._block_rows + jnp.arange(self._block_rows)[None, :]
+        rows = self._lift(caches.read_at(self._cache, here))  # [n, R, D]
+        logits = jnp.einsum("nd,nrd->nr", self._folded.queries[query], rows)
+        logits += self._folded.offset[query][:, None]
+        ids = self._first_row + here
+        known = (ids[:, :, None] == self._known[query][:, None, :]).any(-1)
+        return ids, jnp.where((ids >= self._cache.size) | known, -jnp.inf, logits)
+
+    def holds(self, number: Array) -> Array:
+        """Whether this device holds block `number`."""
+        return (number >= self._first_block) & (number < self._first_block + self._blocks)
+
+    def where_owned(
+        self, work: Callable[[Array], Any], owner: Array, nobody: PyTree, place: Placement
+    ) -> Any:
+        """Does `work` for the (query, draw) pairs whose block this device holds, a turn at a time.
+
+        A device that holds none does nothing, and no more rows are alive at once than a tile has.
+
+        Args:
+          work: pairs [n] int32 -> arrays [n, ...].
+          owner: [B, m] bool.
+          nobody: arrays [B m, ...], what stands where this device is not the owner.
+          place: the mesh.
+
+        Returns:
+          Arrays [B m, ...].
+        """
+        batch, pairs = owner.shape[0], owner.size
+        at_once = min(batch, -(-pairs // place.num_devices))
+        together = min(at_once, self._per_tile)
+        at_once = -(-at_once // together) * together
+        mine_first = jnp.argsort(~owner.reshape(-1), stable=True)
+        count = owner.sum()
+
+        def some(turn: Array, done: Any) -> Any:
+            at = turn * at_once + jnp.arange(at_once)
+            pair = mine_first[jnp.minimum(at, pairs - 1)]
+            there = jnp.where(at < count, pair, pairs)  # one past the end: dropped
+            found = jax.lax.map(work, pair.reshape(-1, together))
+            return jax.tree.map(
+                lambda held, new: held.at[there].set(
+                    new.reshape(at_once, *held.shape[1:]), mode="drop"
+                ),
+                done,
+                found,
+            )
+
+        return jax.lax.fori_loop(0, -(-count // at_once), some, _varying(nobody))
+
+
+def _swept(
+    local: Callable[..., Draws],
+    folded: Folded,
+    params: PyTree,
+    cache: TargetCache,
+    known: Array,
+    keys: tuple[Array, ...] | None,
+    place: Placement,
+) -> Draws:
+    """`local` on every device's own rows; the name is how its share of a step is found."""
     swept = place.per_device(
         local, (EVERYWHERE, EVERYWHERE, ROWS, EVERYWHERE, EVERYWHERE), EVERYWHERE
     )
-    with jax.named_scope("sweep"):  # by which its share of a step is found
-        return swept(folded, params, cache, known, (block_key, row_key))
+    with jax.named_scope("sweep"):
+        return swept(folded, params, cache, known, keys)
 
 
 def tile_rows(
@@ -261,6 +437,50 @@ def _mask(logits: Array, first: Array, known_rows: Array, known_to: Array) -> Ar
         return logits.at[known_to[own], columns].set(-jnp.inf, mode="drop")
 
     return jax.lax.fori_loop(0, -(-(high - low) // at_once), some, logits)
+
+
+def _given_max(gumbels: Array, largest: Array) -> Array:
+    """Perturbed logits [n, R] conditioned on their maximum [n]; -inf where there is no row."""
+    top = gumbels.max(axis=1)
+    top = jnp.where(top > -jnp.inf, top, 0.0)[:, None]
+    largest = largest[:, None]
+    there = gumbels > -jnp.inf
+    gumbels = jnp.where(there, gumbels, 0.0)
+    gap = largest - gumbels + jnp.log1p(-jnp.exp(jnp.where(there, gumbels - top, -1.0)))
+    moved = largest - jnp.maximum(gap, 0.0) - jnp.log1p(jnp.exp(-jnp.abs(gap)))
+    return jnp.where(there, moved, -jnp.inf)
+
+
+def _top(values: Array, named: Array, count: int, *more: Array) -> tuple[Array, ...]:
+    """The largest `count` of each row of [B, n], and what stands beside them."""
+    best, at = jax.lax.top_k(values, count)
+    return best, *(jnp.take_along_axis(x, at, axis=1) for x in (named, *more))
+
+
+def _top_of_all(values: Array, named: Array, count: int, *more: Array) -> tuple[Array, ...]:
+    """The same over the devices, on every device: [B, count] each."""
+
+    def all_of(x: Array) -> Array:
+        # A sum with zeros, not a gather: the result is then known to be the same everywhere.
+        devices = jax.lax.psum(1, AXES)
+        held = jnp.zeros((devices, *x.shape), x.dtype).at[jax.lax.axis_index(AXES)].set(x)
+        return jnp.moveaxis(jax.lax.psum(held, AXES), 0, 1).reshape(len(x), -1)
+
+    safe = jnp.where(values > -jnp.inf, values, _NOTHING)
+    best, *rest = _top(all_of(safe), all_of(named), count, *map(all_of, more))
+    return jnp.where(best > _NOTHING, best, -jnp.inf), *rest
+
+
+def _total(log_z: Array) -> Array:
+    """Log-sum-exp over the devices: [B]."""
+    top = jax.lax.pmax(log_z, AXES)
+    top = jnp.where(top > -jnp.inf, top, 0.0)
+    return top + jnp.log(jax.lax.psum(jnp.exp(log_z - top), AXES))
+
+
+def _varying(tree: Any) -> Any:
+    """Constants, marked as something that every device will change for itself."""
+    return jax.tree.map(lambda x: jax.lax.pcast(x, AXES, to="varying"), tree)
 
 
 def _logsumexp(x: Array) -> Array:

@@ -30,9 +30,10 @@ from corrector_jax.evaluate import Evaluated, evaluate, match_words, references,
 from corrector_jax.job import Job, make_job
 from corrector_jax.lock import Lock
 from corrector_jax.metrics import means
+from corrector_jax.models.corrector import Nystrom
 from corrector_jax.paths import AnyPath
 from corrector_jax.preemption import PreemptedError, Preemption
-from corrector_jax.refresh import CacheWriter, is_due
+from corrector_jax.refresh import CacheWriter
 from corrector_jax.results import finish
 from corrector_jax.state import TrainState
 from corrector_jax.types import Array, Batch, UserError
@@ -170,7 +171,7 @@ def train(config: ConfigDict, workdir: AnyPath, *, started: float) -> AnyPath:
             )
             if not resumes:
                 cache = before(run, state, cache)
-                save(run, state)
+                save(run, state, cache)
             state, cache = loop(run, state, cache)
             after(run, state, cache)
         params = job.place.fetch(state.params)
@@ -199,6 +200,7 @@ def loop(
     """
     job, config, position = run.job, run.job.config, run.position
     step_fn, probe_fn = job.train_step(), job.probe_step()
+    fit_fn = job.fit_step() if isinstance(job.method.corrector, Nystrom) else None
     # All at once: computed in the loop, each would queue behind the step and wait for it.
     updates = np.arange(config.train.steps // config.train.accumulate)
     rates = np.asarray(jax.vmap(job.learning_rate)(updates))
@@ -214,11 +216,13 @@ def loop(
             try:
                 state, cache = between(run, state, cache)
             except PreemptedError:
-                save(run, state)
+                save(run, state, cache)
                 run.checkpoints.wait()  # what goes wrong here is worse news than being stopped
                 raise
             if step == config.train.steps:
                 return state, cache
+            if fit_fn and is_fit_due(run):
+                state = fit(run, fit_fn, state, cache)
             if cache is not None and is_probe_due(run):
                 state = probe(run, probe_fn, state, cache)
             entered = time.monotonic()
@@ -230,6 +234,7 @@ def loop(
             position.step = step + 1
             position.ledger["encoded_with_grad"] += job.encoded_per_step
             position.ledger["encoded_without_grad"] += job.method.uniform_rows
+            position.ledger["refresh"] += job.method.cache_policy.rows
             # Reads the metrics of the step before, while this one runs.
             rate = float(rates[step // config.train.accumulate])
             note = run.log.add(
@@ -271,18 +276,21 @@ def between(
     if every and step and step % every == 0 and not ends and str(step) not in position.dev:
         position.dev[str(step)] = during(run, state, cache)
     if step and (ends or step % config.checkpoint.every == 0):
-        save(run, state)
-    policy = run.job.refresh_policy
-    if cache is None or ends or not is_due(step, policy=policy, every=config.refresh.every):
+        save(run, state, cache)
+    if cache is None or ends or not run.job.refresh_policy.is_due(step, position.error):
         return state, cache
     return refresh_cache(run, state, cache)
 
 
-def save(run: Run, state: TrainState) -> None:
+def save(run: Run, state: TrainState, cache: TargetCache | None) -> None:
     """Starts saving a checkpoint; one that is there already is left as it is."""
     if run.position.step in run.checkpoints.steps():
         return
     run.lock.verify()
+    saved = run.position.cache
+    changed = saved is None or saved["step"] != run.position.step
+    if cache is not None and run.job.method.cache_policy.rewrites and changed:
+        run.position.cache = save_cache(run, state, cache)
     run.log.flush()
     run.position.log = run.log.state()
     run.position.seconds = time.monotonic() - run.started
@@ -350,6 +358,8 @@ def make_batch(job: Job, step: int) -> Batch:
         seed=job.config.seed,
         lengths=job.query_lengths,
         widths=job.query_widths,
+        mined=job.mined,
+        num_mined=job.num_mined,
     )
 
 
@@ -417,27 +427,54 @@ def refresh_cache(
     with progress("refreshing the cache", job.size, "targets") as advance:
         encoded = go_over(job.embedder, state.params, np.arange(job.size), [fill, run], advance)
     position.ledger["refresh"] += encoded
+    position.embedded_at, position.error = position.step, None
     position.cache = save_cache(run, state, fill.cache)
     corrector = job.place.put_everywhere(job.init_corrector(position.step))
     return dataclasses.replace(state, corrector=corrector), fill.cache
 
 
 def save_cache(run: Run, state: TrainState, cache: TargetCache) -> dict[str, Any]:
-    """Saves a snapshot that the state's parameters made; returns the reference to it."""
+    """Saves a snapshot; returns the reference to it."""
     run.lock.verify()
-    made_by = {**run.job.made_by, "weights": run.job.weights_digest(state.params)}
+    whole = run.position.step == run.position.embedded_at
+    weights = run.job.weights_digest(state.params) if whole else "those of several steps"
+    made_by = {**run.job.made_by, "weights": weights}
     with run.watch.resting():
         return run.checkpoints.save_cache(cache, step=run.position.step, made_by=made_by)
 
 
 def is_probe_due(run: Run) -> bool:
     """Whether the probe is due; right after a snapshot there is nothing to measure."""
-    every, snapshot = run.job.config.corrector.probe_every, run.position.cache
-    if not every or snapshot is None:
-        return False
+    every = run.job.config.corrector.probe_every
     # Counted from the snapshot: a refresh that falls on a probe must not leave the gate closed.
-    age = run.position.step - snapshot["step"]
-    return bool(age > 0 and age % every == 0)
+    age = run.position.step - run.position.embedded_at
+    return bool(every and age > 0 and age % every == 0)
+
+
+def is_fit_due(run: Run) -> bool:
+    """Whether a kernel corrector's landmarks are encoded anew."""
+    age = run.position.step - run.position.embedded_at
+    return bool(age > 0 and age % run.job.config.corrector.fit_every == 0)
+
+
+def fit(
+    run: Run, fit_fn: Callable[..., TrainState], state: TrainState, cache: TargetCache | None
+) -> TrainState:
+    """Fits a kernel corrector to the drift of uniform landmarks.
+
+    Args:
+      run: the run; its ledger counts the landmarks.
+      fit_fn: the jitted step.
+      state: taken over.
+      cache: the cache.
+
+    Returns:
+      The state.
+    """
+    job, step = run.job, run.position.step
+    key = job.place.put_everywhere(rng.key(job.config.seed, "landmarks", step))
+    run.position.ledger["encoded_without_grad"] += job.method.corrector.width(job.model.dim)
+    return fit_fn(state, cache, job.tokens, key)
 
 
 def probe(
@@ -460,6 +497,7 @@ def probe(
     named = {f"probe/{name}": value for name, value in values.items()}
     run.writer.scalars(run.position.step, named)
     run.position.ledger["encoded_without_grad"] += job.probe_ids.size
+    run.position.error = values["corrected_error" if values["gate"] else "drift"]
     return state
 
 

@@ -33,12 +33,15 @@ class Batch(NamedTuple):
       positive: [B] int32, the labelled positive's row, y_i+.
       known: [B, K] int32, rows of all known positives K_i (the labelled one among them), -1 pads.
       valid: [B] bool, False for a padded query: it takes part in nothing.
+      mined: [B, m'] int32, rows of negatives found and chosen on the host: the data's own hard
+        negatives, or a miner's; -1 pads. None where the strategy reads none.
     """
 
     query_tokens: ArrayLike
     positive: ArrayLike
     known: ArrayLike
     valid: ArrayLike
+    mined: ArrayLike | None = None
 
 
 class Draws(NamedTuple):
@@ -50,9 +53,12 @@ class Draws(NamedTuple):
       valid: [B, m] bool, False where the query had nothing left to draw.
       log_z: [B] float32, log Z_i^-, the log partition function over y not in K_i
         (-inf where nothing is left; 0 for proposals without one).
+      kappa: [B] float32 where draws are without replacement: the (m+1)-th largest perturbed
+        log-probability, -inf where no more than m targets were left; else None.
     """
 
     ids: Array
     log_prob: Array
     valid: Array
     log_z: Array
+    kappa: Array | None = None

@@ -69,14 +69,22 @@ def test_impossible_and_contradictory_values_are_refused_by_key(changes, said):
 
 def test_every_strategy_has_defaults_that_are_valid():
     for name, strategy in STRATEGIES.items():
-        every = 10 if strategy.refreshes[0] == "every" else 0
-        config = changed(strategy=name, refresh__every=every)
+        needs = {
+            "refresh__every": 10 if strategy.refreshes[0] == "every" else 0,
+            "refresh__rows": 10 if strategy.cache == "rolling" else 0,
+        }
+        config = changed(strategy=name, **needs)
         configs.validate(config)
-        words = configs.chosen(config)
-        assert words["refresh"] == ("every" if every else "never")
+        assert configs.chosen(config)["refresh"] == strategy.refreshes[0]
         for estimator in strategy.estimators:
+            proposal = "gumbel_topk" if estimator == "kool" else ""
             configs.validate(
-                changed(strategy=name, refresh__every=every, loss__estimator=estimator)
+                changed(
+                    strategy=name,
+                    loss__estimator=estimator,
+                    negatives__proposal=proposal,
+                    **needs,
+                )
             )
 
 

@@ -18,6 +18,7 @@ import pytest
 
 from corrector_jax import losses
 from corrector_jax.losses import ESTIMATORS, Pool
+from corrector_jax.types import Draws
 from tests import oracle
 
 OWN = ["truncated", "single", "weighted"]
@@ -26,16 +27,21 @@ EVERY = [(name, False) for name in OWN] + [(name, True) for name in SHARED]
 FORMS = pytest.mark.parametrize(("name", "shared"), EVERY)
 
 
-@functools.partial(oracle.jit, static_argnums=0)
+def drawn_like(log_z, draws):
+    """What the estimators read of the draws themselves: log Z and how many they are."""
+    nothing = jnp.zeros((len(log_z), draws))
+    return Draws(nothing.astype(int), nothing, nothing == 0, log_z)
+
+
+@functools.partial(oracle.jit, static_argnums=(0, 4))
 def evaluate(name, positive, pool, log_z, draws):
     """Losses [B], and the gradients of their sum in the fresh scores and in everything else."""
 
     def total(fresh, rest):
         positive, scores = fresh
         log_prob, log_z = rest
-        each = ESTIMATORS[name](
-            positive, pool._replace(scores=scores, log_prob=log_prob), log_z, draws
-        )
+        drawn = drawn_like(log_z, draws)
+        each = ESTIMATORS[name](positive, pool._replace(scores=scores, log_prob=log_prob), drawn)
         return each.sum(), each
 
     (of_fresh, of_rest), each = jax.grad(total, (0, 1), has_aux=True)(
@@ -246,7 +252,7 @@ def over_outcomes(name, draws, params, log_prob, log_z, ids):
             given = jnp.take_along_axis(log_prob, ids, axis=1)
         pool = Pool(pool_ids, scores, given, jnp.ones_like(scores, bool))
         positive = logits[jnp.arange(2), KNOWN[:, 0]]
-        each = ESTIMATORS[name](positive, pool, log_z, draws)
+        each = ESTIMATORS[name](positive, pool, drawn_like(log_z, ids.shape[1]))
         return each.mean(), each
 
     grad = jax.value_and_grad(loss, has_aux=True)

@@ -17,7 +17,7 @@ import numpy as np
 
 from corrector_jax.types import Batch
 
-_ORDER, _POSITIVE = 0, 1  # streams that share a seed
+_ORDER, _POSITIVE, _MINED = 0, 1, 2  # streams that share a seed
 
 T = TypeVar("T")
 
@@ -62,6 +62,32 @@ def choose_positive(
     return np.array([k[w % len(k)] for k, w in zip(known, words.tolist(), strict=True)], np.int32)
 
 
+def choose_mined(
+    rows: np.ndarray, mined: Sequence[np.ndarray], *, count: int, seed: int, step: int
+) -> np.ndarray:
+    """Some of each query's mined negatives, all equally likely, none of them twice.
+
+    Args:
+      rows: [B] the queries of the step, as from `batch_rows`.
+      mined: per query of the split, the rows of its mined negatives, all different.
+      count: how many are wanted.
+      seed: >= 0.
+      step: t >= 0.
+
+    Returns:
+      [B, count] int32, -1 where a query has fewer.
+    """
+    chosen = np.full((len(rows), count), -1, np.int32)
+    lists = [mined[row] for row in rows]
+    words = _words(_MINED, seed, step, count=sum(map(len, lists)))
+    start = 0
+    for place, held in zip(chosen, lists, strict=True):
+        order = np.argsort(words[start : start + len(held)], kind="stable")[:count]
+        place[: len(order)] = held[order]
+        start += len(held)
+    return chosen
+
+
 def make_batch(
     step: int,
     *,
@@ -72,6 +98,8 @@ def make_batch(
     seed: int,
     lengths: np.ndarray | None = None,
     widths: Sequence[int] = (),
+    mined: Sequence[np.ndarray] = (),
+    num_mined: int = 0,
 ) -> Batch:
     """The training batch of a step.
 
@@ -84,6 +112,8 @@ def make_batch(
       seed: >= 0.
       lengths: [n] int, tokens of each query; only read where there are widths.
       widths: of `bucket_widths`, in rising order; the first that holds every query is used.
+      mined: per query, the rows of its mined negatives; only read where some are wanted.
+      num_mined: how many of them a query gets; 0 = the batch has none.
 
     Returns:
       A `Batch` of NumPy arrays, every query valid.
@@ -98,6 +128,9 @@ def make_batch(
         positive=choose_positive(rows, positives, seed=seed, step=step),
         known=known[rows],
         valid=np.ones(batch_size, bool),
+        mined=choose_mined(rows, mined, count=num_mined, seed=seed, step=step)
+        if num_mined
+        else None,
     )
 
 

@@ -155,8 +155,7 @@ class Mlp:
         hidden = jax.nn.gelu(rows @ inner["kernel"] + _like(inner["bias"], rows))
         corrected = rows + hidden @ outer["kernel"] + _like(outer["bias"], rows)
         if self.normalize:
-            square = jnp.sum(jnp.square(corrected), axis=-1, keepdims=True)
-            corrected = corrected * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+            corrected = _unit(corrected)
         # Interpolated, not applied to scaled parameters: normalising a row that was rounded for
         # storage moves it, and a closed gate must be exactly the identity.
         return rows + gate * (corrected - rows)
@@ -170,17 +169,118 @@ class Mlp:
         return self.apply(params, rows, gate)
 
 
-Corrector = Identity | Linear | Mlp
+@dataclasses.dataclass(frozen=True)
+class Nystrom:
+    """Drift interpolated between landmarks by kernel ridge regression (after Monath et al. 2023).
+
+    h(c) = c + k(c, C_m) (K_mm + lambda I)^-1 (G_m - C_m), k the rbf kernel with the median distance
+    of the landmarks as its width; normalised iff the encoder normalises. Nothing is learned from
+    gradients: `fit` solves for it whenever the landmarks were encoded anew.
+
+    Attributes:
+      landmarks: m, at least 1.
+      ridge: lambda, above 0.
+      normalize: whether g's embeddings are unit vectors.
+    """
+
+    landmarks: int
+    ridge: float = 1e-2
+    normalize: bool = True
+
+    learns = False
+
+    def width(self, dim: int) -> int:
+        """Numbers a row passes through on the way, beside its D: its kernel with each landmark."""
+        return self.landmarks
+
+    def init(self, key: Array, dim: int) -> PyTree:
+        """Weights of zero: the identity. `key` is not used."""
+        return {
+            "landmarks": jnp.zeros((self.landmarks, dim)),
+            "weights": jnp.zeros((self.landmarks, dim)),
+            "width": jnp.ones(()),
+        }
+
+    def fit(self, stale: Array, fresh: Array) -> PyTree:
+        """The parameters that map the landmarks' stale rows to their fresh ones, up to the ridge.
+
+        Args:
+          stale: [m, D] float32, C_m.
+          fresh: [m, D] float32, G_m.
+
+        Returns:
+          The tree of `init`.
+        """
+        square = _square_distances(stale, stale)
+        apart = ~jnp.eye(len(stale), dtype=bool)
+        # Landmarks may coincide: the width must stay above zero.
+        width = jnp.sqrt(jnp.nanmedian(jnp.where(apart, square, jnp.nan)))
+        width = jnp.where(width > 0, width, 1.0)
+        kernel = jnp.exp(-0.5 * square / width**2)
+        regular = kernel + self.ridge * jnp.eye(len(stale))
+        weights = jax.scipy.linalg.solve(regular, fresh - stale, assume_a="pos")
+        return {"landmarks": stale, "weights": weights, "width": width}
+
+    def apply(self, params: PyTree, rows: Array, gate: Array | float) -> Array:
+        """h(c), or exactly c where the gate is 0.
+
+        Args:
+          params: the tree of `init`.
+          rows: [..., D] float32 stale rows.
+          gate: scalar, 1 = corrected, 0 = the identity.
+
+        Returns:
+          [..., D] float32.
+        """
+        flat = rows.reshape(-1, rows.shape[-1])
+        square = _square_distances(flat, params["landmarks"])
+        kernel = jnp.exp(-0.5 * square / jnp.square(params["width"]))
+        corrected = rows + (kernel @ params["weights"]).reshape(rows.shape)
+        if self.normalize:
+            corrected = _unit(corrected)
+        return rows + gate * (corrected - rows)
+
+    def fold(self, params: PyTree, queries: Array, beta: float, gate: Array | float) -> Folded:
+        """[B, D] float32 -> beta q, no offset: a kernel does not fold."""
+        return Folded(beta * queries, jnp.zeros(queries.shape[0], jnp.float32))
+
+    def lift(self, params: PyTree, rows: Array, gate: Array | float) -> Array:
+        """[..., D] float32 -> h(rows) [..., D]."""
+        return self.apply(params, rows, gate)
 
 
-def make(kind: str, *, hidden: int = 0, normalize: bool = True) -> Corrector:
-    """A corrector by its config word: "identity", "linear" or "mlp"."""
+Corrector = Identity | Linear | Mlp | Nystrom
+
+
+def make(
+    kind: str,
+    *,
+    hidden: int = 0,
+    landmarks: int = 1024,
+    ridge: float = 1e-2,
+    normalize: bool = True,
+) -> Corrector:
+    """A corrector by its config word: "identity", "linear", "mlp" or "nystrom"."""
     kinds: dict[str, Corrector] = {
         "identity": Identity(),
         "linear": Linear(),
         "mlp": Mlp(hidden, normalize),
+        "nystrom": Nystrom(landmarks, ridge, normalize),
     }
     return kinds[kind]
+
+
+def _unit(rows: Array) -> Array:
+    """[..., D] divided by its length; a row of zeros stays one."""
+    square = jnp.sum(jnp.square(rows), axis=-1, keepdims=True)
+    return rows * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+
+
+def _square_distances(a: Array, b: Array) -> Array:
+    """[n, D], [m, D] -> [n, m] float32, never negative."""
+    squares = jnp.sum(a * a, axis=1)[:, None] + jnp.sum(b * b, axis=1)[None, :]
+    product = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
+    return jnp.maximum(squares - 2.0 * product, 0.0)
 
 
 def _like(vector: Array, rows: Array) -> Array:

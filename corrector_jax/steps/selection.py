@@ -74,7 +74,7 @@ def select(
     Returns:
       Positives and draws, B x (1 + m) of them.
     """
-    draws = proposal.draw(jax.lax.stop_gradient(queries), psi, cache, batch.known, key)
+    draws = proposal.draw(jax.lax.stop_gradient(queries), psi, cache, batch, key)
     ids = jnp.concatenate([batch.positive[:, None], draws.ids], axis=1)
     rows = ids.reshape(-1)  # query by query, so that a device's share is its own queries'
     text = place.split(caches.take_tokens(tokens, rows, place))
@@ -132,6 +132,47 @@ def shared_pool(
         given = proposal.log_prob(jax.lax.stop_gradient(queries), psi, stale, chosen.draws)
         log_prob = jnp.where(takes_part, given, -jnp.inf)
     return Pool(ids, scores, log_prob, valid)
+
+
+def with_positives(
+    pool: Pool, queries: Array, chosen: Selected, batch: Batch, *, beta: float
+) -> Pool:
+    """Adds the batch's positives to each query's own draws, its own known ones left out.
+
+    Args:
+      pool: each query's own draws.
+      queries: [B, D] float32, with gradient.
+      chosen: positives and draws.
+      batch: the batch.
+      beta: inverse temperature.
+
+    Returns:
+      Own pools of P = m + B candidates; the positives have no probability (log_prob 0).
+    """
+    ids = jnp.broadcast_to(chosen.ids[:, 0], (len(queries), len(queries)))
+    scores = beta * jnp.matmul(queries, chosen.fresh[:, 0].T, precision=jax.lax.Precision.HIGHEST)
+    valid = ~losses.is_known(chosen.ids[:, 0], batch.known) & chosen.there[:, 0][None, :]
+    more = Pool(ids, scores, jnp.zeros_like(scores), valid & batch.valid[:, None])
+    return Pool(*(jnp.concatenate(pair, axis=1) for pair in zip(pool, more, strict=True)))
+
+
+def without_probable_positives(
+    pool: Pool, positive: Array, share: float
+) -> tuple[Pool, dict[str, Mean]]:
+    """Drops candidates that score above `share` of the positive: probably positives themselves.
+
+    Args:
+      pool: the candidates.
+      positive: [B] float32 fresh logits s_i+.
+      share: of s_i+, in logits (NV-Retriever's percentage of the positive's score).
+
+    Returns:
+      The pool, and "dropped_share", the share of its candidates that were dropped.
+    """
+    limit = share * jax.lax.stop_gradient(positive)[:, None]
+    dropped = pool.valid & (pool.scores > limit)
+    counts = (mask.sum().astype(jnp.float32) for mask in (dropped, pool.valid))
+    return pool._replace(valid=pool.valid & ~dropped), {"dropped_share": Mean(*counts)}
 
 
 def pairs_of(chosen: Selected) -> Pairs:
@@ -223,7 +264,9 @@ def drift_loss(
     return loss
 
 
-def draw_metrics(queries: Array, chosen: Selected, batch: Batch, *, beta: float) -> dict[str, Mean]:
+def draw_metrics(
+    queries: Array, chosen: Selected, batch: Batch, *, beta: float, independent: int
+) -> dict[str, Mean]:
     """What the draws say about the proposal, free at every step.
 
     Args:
@@ -231,22 +274,28 @@ def draw_metrics(queries: Array, chosen: Selected, batch: Batch, *, beta: float)
       chosen: positives and draws.
       batch: the batch.
       beta: inverse temperature.
+      independent: how many of the draws, the first ones, are i.i.d. from P_h^-.
 
     Returns:
-      "kl_estimate": half the sample variance of s_ij - l_ij over a query's draws, an estimate of
-      KL(P_h^- || P^-) in nats; "known_share": share of draws that are known positives, always 0.
+      "known_share": share of draws that are known positives, always 0; and where two draws or more
+      are i.i.d. "kl_estimate": half the sample variance of s_ij - l_ij over a query's draws, an
+      estimate of KL(P_h^- || P^-) in nats.
     """
-    drawn = chosen.draws
-    fresh = beta * jnp.einsum("bd,bmd->bm", queries, chosen.fresh[:, 1:])
-    there = chosen.there[:, 1:]
+    drawn, there = chosen.draws, chosen.there[:, 1:]
+    known = losses.is_known(drawn.ids, batch.known) & there
+    share = Mean(known.sum().astype(jnp.float32), there.sum().astype(jnp.float32))
+    if independent < 2:
+        return {"known_share": share}
+    there = there[:, :independent]
+    fresh = beta * jnp.einsum("bd,bmd->bm", queries, chosen.fresh[:, 1 : 1 + independent])
+    corrected = drawn.log_prob[:, :independent] + drawn.log_z[:, None]
     count = there.sum(axis=1)
-    gap = jnp.where(there, fresh - (drawn.log_prob + drawn.log_z[:, None]), 0.0)
+    gap = jnp.where(there, fresh - corrected, 0.0)
     center = gap.sum(axis=1) / jnp.maximum(count, 1)
     square = jnp.where(there, jnp.square(gap - center[:, None]), 0.0).sum(axis=1)
-    known = losses.is_known(drawn.ids, batch.known) & there
     return {
         "kl_estimate": mean(0.5 * square / jnp.maximum(count - 1, 1), count > 1),
-        "known_share": Mean(known.sum().astype(jnp.float32), there.sum().astype(jnp.float32)),
+        "known_share": share,
     }
 
 

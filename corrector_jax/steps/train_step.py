@@ -18,6 +18,7 @@ from corrector_jax.negatives import Gated, Proposal
 from corrector_jax.sharding import Placement
 from corrector_jax.state import TrainState
 from corrector_jax.steps import selection
+from corrector_jax.steps.cache_policy import CachePolicy, Keep
 from corrector_jax.types import Array, Batch, PyTree
 
 
@@ -35,6 +36,10 @@ class Method:
       uniform_rows: u, uniform targets encoded without gradient for the drift loss.
       mse_weight: weight of the mean squared error in the drift loss.
       kl_weight: weight of the KL divergence over the pool in the drift loss.
+      cache_policy: what a step does to the cache.
+      in_batch: whether a query's own pool is joined by the batch's other positives.
+      max_relative_score: candidates that score above this share of the positive are dropped;
+        0 = none.
     """
 
     beta: float
@@ -46,6 +51,9 @@ class Method:
     uniform_rows: int = 0
     mse_weight: float = 1.0
     kl_weight: float = 0.0
+    cache_policy: CachePolicy = dataclasses.field(default_factory=Keep)
+    in_batch: bool = False
+    max_relative_score: float = 0.0
 
 
 def task_loss(
@@ -59,7 +67,7 @@ def task_loss(
     model: DualEncoder,
     method: Method,
     place: Placement,
-) -> tuple[Array, tuple[selection.Selected, losses.Pool, Array, Array]]:
+) -> tuple[Array, tuple[selection.Selected, losses.Pool, Array, Array, dict[str, Mean]]]:
     """The task loss: differentiable in `params`, and exactly constant in `psi` and `cache`.
 
     Args:
@@ -75,7 +83,7 @@ def task_loss(
 
     Returns:
       The mean loss over valid queries (scalar, nats), and what it was made of: the positives and
-      draws, the pool, the queries [B, D], and the positives' fresh logits [B].
+      draws, the pool, the queries [B, D], the positives' fresh logits [B], and metrics of the pool.
     """
     psi = jax.lax.stop_gradient(psi)
     queries = model.encode_queries(params, batch.query_tokens)
@@ -90,12 +98,19 @@ def task_loss(
         )  # fmt: skip
     else:
         pool = selection.own_pool(queries, chosen, beta=method.beta)
+        if method.in_batch:
+            pool = selection.with_positives(pool, queries, chosen, batch, beta=method.beta)
     positive = method.beta * jnp.einsum(
         "bd,bd->b", queries, chosen.fresh[:, 0], precision=jax.lax.Precision.HIGHEST
     )
-    each = method.estimator(positive, pool, chosen.draws.log_z, method.proposal.draws)
+    measured: dict[str, Mean] = {}
+    if method.max_relative_score:
+        pool, measured = selection.without_probable_positives(
+            pool, positive, method.max_relative_score
+        )
+    each = method.estimator(positive, pool, chosen.draws)
     loss = jnp.sum(jnp.where(batch.valid, each, 0.0)) / jnp.maximum(batch.valid.sum(), 1)
-    return loss, (chosen, pool, queries, positive)
+    return loss, (chosen, pool, queries, positive, measured)
 
 
 def train_step(
@@ -132,13 +147,14 @@ def train_step(
     """
     draw_key, uniform_key = jax.random.split(key)
     psi = state.corrector.gated
-    (loss, (chosen, pool, queries, positive)), grads = jax.value_and_grad(task_loss, has_aux=True)(
+    (loss, made_of), grads = jax.value_and_grad(task_loss, has_aux=True)(
         state.params, psi, cache, tokens, batch, draw_key, model=model, method=method, place=place
     )
+    chosen, pool, queries, positive, of_pool = made_of
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
 
-    measured = {
+    measured = of_pool | {
         "loss": Mean(loss, jnp.float32(1.0)),
         "grad_norm": Mean(optax.tree.norm(grads), jnp.float32(1.0)),
         "accuracy": metrics.mean(
@@ -165,7 +181,9 @@ def train_step(
             "corrected_error": metrics.relative_error(corrected, pairs.fresh, pairs.weight),
             "cache_age": Mean(caches.age(cache, state.step), jnp.float32(1.0)),
         }
-        measured |= selection.draw_metrics(queries, chosen, batch, beta=method.beta)
+        measured |= selection.draw_metrics(
+            queries, chosen, batch, beta=method.beta, independent=method.proposal.independent
+        )
         if method.corrector.learns:
             loss_of = selection.drift_loss(
                 queries, chosen, pool,
@@ -178,4 +196,6 @@ def train_step(
     measured["skipped"] = Mean(1.0 - finite.astype(jnp.float32), jnp.float32(1.0))
     # One batch that overflows must not undo days of training: such a step changes nothing.
     kept = jax.tree.map(lambda now, before: jnp.where(finite, now, before), new, state)
+    if cache is not None:
+        cache = method.cache_policy.update(cache, state.params, tokens, chosen, state.step, finite)
     return dataclasses.replace(kept, step=state.step + 1), cache, measured

@@ -50,11 +50,17 @@ CASES = {
     "stale, weighted": {"loss.estimator": "weighted", "train.accumulate": 2},
     "uniform, balanced": {"loss.estimator": "balanced", "train.chunk": 24, "train.remat": True},
     "corrected, kl": {"corrector.loss": "kl", "model.shared_towers": False},
+    "mined": {"negatives.in_batch": True},
+    "nystrom": {"corrector.landmarks": 40, "negatives.proposal": "gumbel_topk"},
+    # As `refreshed`, at every step.
+    "oracle": {"loss.estimator": "single"},
+    "streaming": {"negatives.proposal": "topk", "negatives.mined": 2},
+    "rolling": {"refresh.rows": 30, "loss.estimator": "weighted"},
 }
 """Strategy, and what else -> keys of the configuration."""
 
 QUICK_CASES = [
-    *[(name, "2x2x2") for name in ("in_batch", "uniform", "stale", "refreshed", "corrected")],
+    *[(name, "2x2x2") for name in STRATEGIES],
     ("in_batch", "2x4x1"),
 ]
 PAIRS = [
@@ -117,12 +123,13 @@ def cached():
     return oracle.unit(np.random.default_rng(2), N, BERT.hidden_size)
 
 
-def batch_of(number):
+def batch_of(number, num_mined):
     numbers = np.random.default_rng(100 + number)
     known = np.stack([numbers.choice(N, 3, replace=False) for _ in range(BATCH)]).astype(np.int32)
     known[::2, 1:] = -1
     queries = corpus()[known[:, 0], ::-1].astype(np.int32)
-    return Batch(queries, known[:, 0].copy(), known, np.arange(BATCH) < BATCH - 3)
+    mined = numbers.integers(-1, N, (BATCH, num_mined)).astype(np.int32) if num_mined else None
+    return Batch(queries, known[:, 0].copy(), known, np.arange(BATCH) < BATCH - 3, mined)
 
 
 class Steps:
@@ -148,18 +155,20 @@ class Steps:
         )
         self.draw = oracle.jit(self._draw)
         self.embed = oracle.jit(self.program.model.encode_targets)
+        nystrom = self.program.config.strategy == "nystrom"
+        self.fit = self.program.fit_step() if nystrom else None
 
     def _draw(self, state, cache, batch, key):
         queries = self.program.model.encode_queries(state.params, batch.query_tokens)
         key, _ = jax.random.split(key)
-        drawn = self.program.method.proposal.draw(
-            queries, state.corrector.gated, cache, batch.known, key
-        )
+        drawn = self.program.method.proposal.draw(queries, state.corrector.gated, cache, batch, key)
         return jnp.where(drawn.valid, drawn.ids, -1)
 
     def start(self):
         state = self.program.start(encoder_params())
-        psi = random_like(state.corrector.params, 3, 0.2)
+        psi = state.corrector.params
+        if self.program.method.corrector.learns:
+            psi = random_like(psi, 3, 0.2)
         corrector = state.corrector.replace(params=psi, gate=np.float32(1))
         state = state.replace(corrector=self.place.put_everywhere(corrector))
         return state, self.written(cached(), 0) if self.program.uses_cache else None
@@ -169,7 +178,8 @@ class Steps:
         return self.write(cache, np.arange(N, dtype=np.int32), rows, np.int32(step))
 
     def given(self, number):
-        batch = self.place.put(batch_of(number), self.place.examples)
+        batch = batch_of(number, self.program.num_mined)
+        batch = self.place.put(batch, self.place.examples)
         return batch, self.place.put_everywhere(rng.key(0, "step", number))
 
     def run(self, steps=STEPS, refresh=0):
@@ -181,6 +191,8 @@ class Steps:
                 rows = self.place.fetch(self.embed(state.params, corpus()))
                 cache = self.written(rows, number, cache)
             batch, key = self.given(number)
+            if self.fit:
+                state = self.fit(state, cache, self.tokens, key)
             ids = self.place.fetch(self.draw(state, cache, batch, key))
             state, cache, measured = self.compiled(state, cache, self.tokens, batch, key)
             gradients = self.place.fetch(state.opt_state[0].trace)
@@ -199,7 +211,7 @@ def _steps(settings, mesh):
 def steps_of(config, mesh):
     """Strategies that differ in what the loop does alone are one program."""
     keys = dict(configs.flat(config))
-    if keys["strategy"] == "refreshed":
+    if keys["strategy"] in ("refreshed", "oracle"):
         keys |= {"strategy": "stale", "refresh.every": 0}
     return _steps(tuple(sorted(keys.items())), mesh)
 
@@ -207,7 +219,8 @@ def steps_of(config, mesh):
 @functools.cache
 def run_of(name, mesh):
     config = config_of(name)
-    return steps_of(config, mesh).run(refresh=config.refresh.every)
+    every = 1 if config.strategy == "oracle" else config.refresh.every
+    return steps_of(config, mesh).run(refresh=every)
 
 
 def test_every_strategy_is_among_the_cases():
@@ -252,7 +265,17 @@ def test_several_steps_are_the_same_on_every_mesh(name, mesh):
     if cache is not None:
         np.testing.assert_allclose(cache.embeddings[:N], other_cache.embeddings[:N], atol=2e-4)
         assert np.array_equal(cache.written_at[:N], other_cache.written_at[:N])
-        assert cache.written_at.max() == (REFRESH if name == "refreshed" else 0)
+        always = ("oracle", "streaming", "rolling")
+        newest = {"refreshed": REFRESH, **dict.fromkeys(always, STEPS - 1)}
+        assert cache.written_at.max() == newest.get(name, 0)
+        if name == "rolling":
+            ages = np.bincount(cache.written_at[:N]).tolist()
+            assert ages == [N - 3 * 30, 30, 30, 30]
+        if name == "streaming":  # positives and draws of the last step, padded queries left out
+            batch, drawn = batch_of(STEPS - 1, 2), one[-1][0]
+            used = np.concatenate([batch.positive[:, None], drawn], axis=1)[batch.valid]
+            wanted = np.setdiff1d(used, [-1])
+            assert np.array_equal(np.nonzero(cache.written_at[:N] == STEPS - 1)[0], wanted)
 
 
 def assert_close(tree, other, **tolerance):

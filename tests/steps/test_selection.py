@@ -222,10 +222,26 @@ def test_uniform_pairs():
     assert oracle.chi_square(counts, np.full(SIZE, 1 / SIZE)) > 1e-6
 
 
+def draw_metrics(found, independent=DRAWS):
+    queries = world()["params"]["queries"]
+    return selection.draw_metrics(queries, found, BATCH, beta=BETA, independent=independent)
+
+
+def test_draws_that_are_no_sample_say_nothing_about_kl():
+    """The mined ones come last, without a probability: only the first are read."""
+    found, _ = chosen()
+    log_prob = found.draws.log_prob.copy()
+    log_prob[:, 2:] = 0
+    mixed = found.replace(draws=found.draws._replace(log_prob=log_prob))
+    two, several = means(draw_metrics(mixed, 2)), means(draw_metrics(found, 2))
+    assert two["kl_estimate"] == several["kl_estimate"] != means(draw_metrics(mixed))["kl_estimate"]
+    assert draw_metrics(mixed, 0).keys() == {"known_share"}
+
+
 def test_metrics_of_the_draws():
     found, _ = chosen()
     w = world()
-    measured = means(selection.draw_metrics(w["params"]["queries"], found, BATCH, beta=BETA))
+    measured = means(draw_metrics(found))
     corrected = oracle.f64(CORRECTOR.apply(w["psi"].params, jnp.asarray(w["stale"]), 1.0))
     logits, _, _ = oracle.proposal(w["params"]["queries"], corrected, BATCH.known, BETA)
     fresh = BETA * oracle.f64(w["params"]["queries"]) @ w["params"]["targets"].T
@@ -235,7 +251,7 @@ def test_metrics_of_the_draws():
     ids = found.draws.ids.copy()
     ids[0, 0], ids[3, 0] = 1, 6  # the second belongs to a padded query
     wrong = found.replace(draws=found.draws._replace(ids=ids))
-    measured = means(selection.draw_metrics(w["params"]["queries"], wrong, BATCH, beta=BETA))
+    measured = means(draw_metrics(wrong))
     assert measured["known_share"] == pytest.approx(1 / (3 * DRAWS))
 
 

@@ -31,9 +31,9 @@ from tests import oracle
 OWN = ["truncated", "single", "weighted"]
 
 
-def partition(positive, pool, log_z, draws):
+def partition(positive, pool, drawn):
     """Z_hat_i^- of `balanced`, told from its loss: log(exp s_i+ + Z_hat_i^-) - s_i+."""
-    return jnp.expm1(losses.balanced(positive, pool, log_z, draws)) * jnp.exp(positive)
+    return jnp.expm1(losses.balanced(positive, pool, drawn)) * jnp.exp(positive)
 
 
 FORMS = {**ESTIMATORS, "partition": partition}
@@ -42,9 +42,8 @@ FORMS = {**ESTIMATORS, "partition": partition}
 def one_of(names, which):
     """The estimator of that number, so that one compilation serves them all."""
 
-    def estimator(positive, pool, log_z, draws):
-        forms = [functools.partial(FORMS[name], draws=draws) for name in names]
-        return jax.lax.switch(which, forms, positive, pool, log_z)
+    def estimator(positive, pool, drawn):
+        return jax.lax.switch(which, [FORMS[name] for name in names], positive, pool, drawn)
 
     return estimator
 
@@ -233,10 +232,12 @@ class Fixed:
     """A proposal whose draws are known beforehand: by query, the number of its row."""
 
     draws: ClassVar[int] = DRAWS
+    independent: ClassVar[int] = DRAWS
+    reads_cache: ClassVar[bool] = True
     drawn: Draws
     matrix: np.ndarray  # [B, N] log p_iy
 
-    def draw(self, queries, psi, cache, known, key):
+    def draw(self, queries, psi, cache, batch, key):
         return jax.tree.map(lambda x: jnp.asarray(x)[: len(queries)], self.drawn)
 
     def log_prob(self, queries, psi, stale, drawn):
