@@ -26,7 +26,7 @@ class RefreshPolicy(Protocol):
         ...
 
     def shortest(self, steps: int) -> int:
-        """The fewest steps that a snapshot lives in a run of `steps`."""
+        """The fewest steps between two snapshots in a run of `steps`; all where there is one."""
         ...
 
 
@@ -66,9 +66,9 @@ class Schedule:
         return False
 
     def shortest(self, steps: int) -> int:
-        """The smallest distance between two snapshots, or between the last one and the end."""
-        due = [0, *(step for step in range(1, steps) if self.is_due(step, None)), steps]
-        return min(after - before for before, after in itertools.pairwise(due))
+        """The smallest distance between two of them; the last one's life does not count."""
+        due = [0, *(step for step in range(1, steps) if self.is_due(step, None))]
+        return min((b - a for a, b in itertools.pairwise(due)), default=steps)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -247,10 +247,13 @@ def loop(
 
 
 def is_boundary(run: Run) -> bool:
-    """Whether something other than a step follows: an evaluation, a save, the end."""
+    """Whether something other than a step follows: an evaluation, a save, a probe, the end."""
     config, step = run.job.config, run.position.step
     every = (config.eval.every, config.checkpoint.every)
-    return step == config.train.steps or any(each and step % each == 0 for each in every)
+    if step == config.train.steps or any(each and step % each == 0 for each in every):
+        return True
+    # The row of a step comes before that of a probe, whether or not the run was stopped between.
+    return is_probe_due(run)
 
 
 def between(
@@ -445,7 +448,7 @@ def save_cache(run: Run, state: TrainState, cache: TargetCache) -> dict[str, Any
 
 def is_probe_due(run: Run) -> bool:
     """Whether the probe is due; right after a snapshot there is nothing to measure."""
-    every = run.job.config.corrector.probe_every
+    every = run.job.config.corrector.probe_every if run.job.uses_cache else 0
     # Counted from the snapshot: a refresh that falls on a probe must not leave the gate closed.
     age = run.position.step - run.position.embedded_at
     return bool(every and age > 0 and age % every == 0)

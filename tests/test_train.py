@@ -170,15 +170,13 @@ def test_killed_and_terminated_anywhere_it_ends_as_if_nothing_had_happened(tmp_p
     assert done.runs >= 1
 
 
-def test_asked_to_stop_again_and_again_it_ends_as_if_nothing_had_happened(folder, monkeypatch):
-    """In the middle of embedding, refreshing, evaluating, and between steps."""
-    keys = {key.replace(".", "__"): value for key, value in faults.RUN.items()}
-    config = tiny.config(folder, **keys)
+def assert_stopping_changes_nothing(config, folder, monkeypatch, *, every=13):
+    """The same run alone, and one that is asked to stop at every so many occasions."""
     run(config, folder / "alone")
     asked, stops = itertools.count(1), 0
 
     def check(self: Preemption) -> None:
-        if next(asked) % 13 == 0:  # a pass over the corpus asks five times
+        if next(asked) % every == 0:  # a pass over the corpus asks five times
             raise PreemptedError("the test")
 
     monkeypatch.setattr(Preemption, "check", check)
@@ -187,9 +185,73 @@ def test_asked_to_stop_again_and_again_it_ends_as_if_nothing_had_happened(folder
             run(config, folder / "stopped")
         except PreemptedError:
             stops += 1
-    assert stops >= 3
+    assert stops >= 2
     expected, found = faults.outcome(folder / "alone"), faults.outcome(folder / "stopped")
     assert [key for key in expected if expected[key] != found[key]] == []
+
+
+def test_asked_to_stop_again_and_again_it_ends_as_if_nothing_had_happened(folder, monkeypatch):
+    """In the middle of embedding, refreshing, evaluating, and between steps."""
+    keys = {key.replace(".", "__"): value for key, value in faults.RUN.items()}
+    config = tiny.config(folder, **keys)
+    assert_stopping_changes_nothing(config, folder / "faults", monkeypatch)
+
+
+REWRITING = {
+    "streaming": {"negatives__proposal": "gumbel_topk"},
+    "rolling": {"refresh__rows": 20},
+    "nystrom": {"corrector__landmarks": 12, "corrector__fit_every": 2},
+    "corrected": {"refresh__threshold": 1e-6, "corrector__probe_every": 2},
+}
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "rolling",
+        "corrected",
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ("streaming", "nystrom")),
+    ],
+)
+def test_what_a_strategy_changes_on_the_way_is_resumed(folder, monkeypatch, strategy):
+    """Rows written within steps, landmarks, and refreshes that a probe asked for."""
+    changes = {"eval__bm25": False, "train__steps": 7, "checkpoint__every": 3}
+    config = tiny.config(folder, strategy=strategy, **changes, **REWRITING[strategy])
+    assert_stopping_changes_nothing(config, folder / strategy, monkeypatch, every=9)
+    _, cache, position = saved(config, folder / strategy / "alone")
+    ledger, written = position.ledger, np.asarray(cache.written_at)[: cache.size]
+    if strategy == "streaming":
+        assert set(written) == set(range(7))
+        assert ledger["refresh"] == 0
+    if strategy == "rolling":
+        # Four slices are a pass: three of them are of the second pass, one of the first is left.
+        assert np.bincount(written, minlength=7).tolist() == [0, 0, 0, 7, 20, 20, 20]
+        assert ledger["refresh"] == 7 * 20
+    if strategy == "nystrom":
+        assert set(written) == {0}
+        assert ledger["encoded_without_grad"] == 3 * 12 + 2 * 32  # at steps 2, 4, 6; probed at 3, 6
+    if strategy == "corrected":
+        assert set(written) == {6}  # probed at 2 and heeded at 3; probed at 5
+        assert ledger["refresh"] == 2 * cache.size
+
+
+def test_a_cache_of_mixed_age_is_no_first_snapshot(folder):
+    changes = {"eval__bm25": False, "train__steps": 4}
+    config = tiny.config(folder, strategy="streaming", **changes)
+    run(config, folder / "mixed")
+    path = str(folder / "mixed" / "cache" / "4")
+    config = tiny.config(folder, cache__path=path, **changes)
+    with pytest.raises(UserError, match=r"made with weights 'those of several steps'"):
+        run(config, folder / "not-mixed")
+
+
+def test_a_schedule_refreshes_when_it_says(folder):
+    config = tiny.config(
+        folder, strategy="refreshed", refresh__schedule="0-4:2,4-end:3", eval__bm25=False
+    )
+    results = run(config, folder / "schedule")
+    assert results["ledger"]["refresh"] == 3 * tiny.TARGETS  # before steps 2, 4 and 7
+    assert set(np.asarray(saved(config, folder / "schedule")[1].written_at)[: tiny.TARGETS]) == {7}
 
 
 def test_steps_that_are_not_finite_are_skipped_kept_and_in_the_end_refused(folder, capsys):
