@@ -69,6 +69,14 @@ def mlp(params, rows: np.ndarray, *, normalize: bool) -> np.ndarray:
     return out / np.linalg.norm(out, axis=-1, keepdims=True) if normalize else out
 
 
+def nystrom(params, rows: np.ndarray, *, normalize: bool) -> np.ndarray:
+    """c + k(c, C_m) weights, k = exp(-|c - c'|^2 / (2 width^2)); in float64."""
+    centers, weights = f64(params["landmarks"]), f64(params["weights"])
+    square = np.square(rows[:, None] - centers[None]).sum(axis=-1)
+    corrected = rows + np.exp(-square / (2 * float(params["width"]) ** 2)) @ weights
+    return corrected / np.linalg.norm(corrected, axis=1, keepdims=True) if normalize else corrected
+
+
 def proposal(queries, corrected, known, beta: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Section 1: logits l_iy [B, N], log Z_i^- [B], log p_iy [B, N] (-inf where y in K_i)."""
     logits = beta * f64(queries) @ f64(corrected).T

@@ -13,13 +13,13 @@ import pytest
 
 from corrector_jax import losses
 from corrector_jax.models import corrector as correctors
-from corrector_jax.models.corrector import Identity, Linear, Mlp
+from corrector_jax.models.corrector import Identity, Linear, Mlp, Nystrom
 from corrector_jax.optimizer import corrector_optimizer
 from tests import oracle
 
 DIM = 8
 LEARNING = [Linear(), Mlp(), Mlp(normalize=False), Mlp(hidden=5)]
-EVERY = [Identity(), *LEARNING]
+EVERY = [Identity(), *LEARNING, Nystrom(6), Nystrom(6, normalize=False)]
 QUERIES = np.random.default_rng(1).normal(size=(4, DIM)).astype(np.float32)
 
 
@@ -47,6 +47,8 @@ def reference(corrector, params, rows):
         return oracle.linear(params, rows)
     if isinstance(corrector, Mlp):
         return oracle.mlp(params, rows, normalize=corrector.normalize)
+    if isinstance(corrector, Nystrom):
+        return oracle.nystrom(params, rows, normalize=corrector.normalize)
     return rows
 
 
@@ -132,6 +134,43 @@ def test_a_gradient_reaches_the_parameters_at_the_start(corrector, rows):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((of_params, of_rows)))
     last = of_params["outer"] if isinstance(corrector, Mlp) else of_params
     assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(last))
+
+
+def drifted(rows):
+    """A smooth drift of unit rows."""
+    moved = rows + 0.3 * np.sin(3 * np.roll(rows, 1, axis=1))
+    return (moved / np.linalg.norm(moved, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_nystrom_is_kernel_ridge_regression(rows):
+    """Against NumPy: the width is the median distance, the weights solve the ridge system."""
+    fresh = drifted(rows)
+    params = Nystrom(50, ridge=0.05).fit(jnp.asarray(rows), jnp.asarray(fresh))
+    square = np.square(oracle.f64(rows)[:, None] - oracle.f64(rows)[None]).sum(axis=-1)
+    width = np.sqrt(np.median(square[~np.eye(50, dtype=bool)]))
+    assert float(params["width"]) == pytest.approx(width, rel=1e-5)
+    kernel = np.exp(-square / (2 * width**2))
+    weights = np.linalg.solve(kernel + 0.05 * np.eye(50), oracle.f64(fresh) - rows)
+    np.testing.assert_allclose(params["weights"], weights, atol=2e-4)
+    assert np.array_equal(params["landmarks"], rows)
+
+
+def test_nystrom_mends_targets_that_are_no_landmarks():
+    rng = np.random.default_rng(7)
+    landmarks, others = oracle.unit(rng, 400, DIM), oracle.unit(rng, 100, DIM)
+    corrector = Nystrom(400)
+    params = corrector.fit(jnp.asarray(landmarks), jnp.asarray(drifted(landmarks)))
+    found = apply(corrector, params, others, 1.0)
+    left = np.square(found - drifted(others)).sum() / np.square(others - drifted(others)).sum()
+    assert left < 0.05
+
+
+def test_nystrom_takes_landmarks_that_coincide(rows):
+    same = np.repeat(rows[:1], 5, axis=0)
+    params = Nystrom(5).fit(jnp.asarray(same), jnp.asarray(drifted(same)))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+    found = apply(Nystrom(5), params, same, 1.0)
+    np.testing.assert_allclose(found, drifted(same), atol=1e-2)
 
 
 @pytest.mark.parametrize("corrector", LEARNING, ids=str)
