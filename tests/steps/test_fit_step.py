@@ -49,7 +49,7 @@ def test_landmarks_are_mapped_to_their_fresh_embeddings(devices):
     params, gate = after.corrector.gated
     assert gate == 1.0
     wanted = CORRECTOR.fit(params["landmarks"], jnp.asarray(fresh[ids]))
-    np.testing.assert_allclose(params["weights"], wanted["weights"], atol=1e-5)
+    np.testing.assert_allclose(params["weights"], wanted["weights"], rtol=1e-4, atol=5e-4)
     assert len(np.unique(ids)) > LANDMARKS / 2
 
 
