@@ -214,6 +214,12 @@ def validate(config: ConfigDict) -> None:
     Raises:
       UserError: one sentence, naming the key.
     """
+    missing = dict(flat(default())).keys() - dict(flat(config)).keys()
+    if missing:
+        raise UserError(
+            f"the configuration has no {min(missing)}: start from corrector_jax.config.default() "
+            "and set keys of it, as the files of configs/ do"
+        )
     for key, words in WORDS.items():
         value = get(config, key)
         if value not in words:
