@@ -138,7 +138,7 @@ def test_a_shared_pool_knows_how_likely_every_query_was_to_draw_each_candidate()
 
 
 def test_other_queries_positives_join_the_draws():
-    found, pools = chosen()
+    _, pools = chosen()
     queries, targets = world()["params"]["queries"], world()["params"]["targets"]
     pool = pools["joined"]
     for part, own in zip(pool, pools["own"], strict=True):
