@@ -20,7 +20,7 @@ from corrector_jax.preemption import PreemptedError, Preemption
 from corrector_jax.ranking import Ranking, bm25
 from corrector_jax.train import make_batch, train
 from corrector_jax.types import UserError
-from tests import tiny
+from tests import oracle, tiny
 
 DEPTH, SKIP, KEEP = 40, 2, 5
 
@@ -139,9 +139,10 @@ def test_a_run_s_encoder_finds_what_brute_force_finds(folder, monkeypatch):
     assert output == folder / "by-run.trec"
     assert output.read_text().split()[5] == "run-step-4"
 
-    queries = np.asarray(job.model.encode_queries(params, job.query_tokens["train"]))
+    tokens = job.query_tokens["train"]
+    queries = np.asarray(oracle.jit(job.model.encode_queries)(params, tokens))
     texts = job.tokenization.targets(job.data.target_texts)
-    targets = np.asarray(job.model.encode_targets(params, texts))
+    targets = np.asarray(oracle.jit(job.model.encode_targets)(params, texts))
     scores, known, ids = queries @ targets.T, judged(job.data), job.data.target_ids
     found: dict[str, list] = {query: [] for query in known}
     for query, target, _, score in lines(output):
@@ -294,7 +295,7 @@ def test_runs_with_mined_negatives_resume_to_the_same_bytes(folder, negatives, n
     def check(self: Preemption) -> None:
         nonlocal asked
         asked += 1
-        if asked == 17:
+        if asked == 12:
             raise PreemptedError("the test")
 
     workdir = folder / f"{name}-stopped"
@@ -304,14 +305,15 @@ def test_runs_with_mined_negatives_resume_to_the_same_bytes(folder, negatives, n
             train(config, workdir, started=time.monotonic())
     with Checkpoints.readable(workdir) as checkpoints:
         assert 0 < checkpoints.steps()[-1] < 8
-    train(config, workdir, started=time.monotonic())
+    with monkeypatch.context() as patched:
+        patched.setattr("corrector_jax.train.finish", lambda *arguments: None)  # the report: slow
+        train(config, workdir, started=time.monotonic())
     assert saved(config, workdir) == saved(config, folder / name)
 
 
-def test_a_run_refuses_to_go_on_with_other_negatives(folder, negatives):
-    """Whatever became of the file: the path is the same."""
+def test_other_negatives_are_other_data_though_the_path_is_the_same(folder, negatives):
     config = config_of(folder, negatives__path=str(negatives), **RUNS["mined"])
-    train(config, folder / "mined", started=time.monotonic())
+    before = make_job(config).fingerprint
+    assert make_job(config).fingerprint == before
     negatives.write_text("".join(negatives.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(UserError, match="was trained on other data"):
-        train(config, folder / "mined", started=time.monotonic())
+    assert make_job(config).fingerprint != before
