@@ -82,11 +82,11 @@ def main(argv: list[str]) -> None:
         "evaluate": _evaluate,
         "prepare_data": _prepare_data,
         "check_data": _check_data,
-        "mine": _mine,
         "compile": _compile,
         "inspect": _inspect,
         "export": _export,
         "embed": _embed,
+        "mine": _mine,
     }
     if _MODE.value not in modes:
         raise UserError(f"--mode is {_MODE.value!r}: write {', '.join(modes)}")
