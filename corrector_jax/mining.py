@@ -24,7 +24,7 @@ NAME = "negatives.trec"
 GROUP, TOGETHER = 8192, 16
 """Queries that meet so many blocks of targets at once: bounds what their scores take on a device.
 
-One block after the other took five times as long on a CPU: every merge sorts the top-k again.
+One block after the other takes twice as long on a CPU: every merge sorts the top-k again.
 """
 
 
