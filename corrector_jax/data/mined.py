@@ -38,8 +38,8 @@ def read(
       max_bad_rows: how many bad rows are skipped; one more is an error.
 
     Returns:
-      Per query the rows of its negatives, the best first, all different: n arrays int32, empty for
-      a query that is not in the file. And what was read and refused.
+      Per query the rows of its negatives, the best first, all different: n arrays [any] int32,
+      empty for a query that is not in the file. And what was read and refused.
 
     Raises:
       UserError: the file cannot be read, a row is malformed or names a query or a target that is
