@@ -240,12 +240,13 @@ def lower_steps(
             written_at=array((rows,), jnp.int32, place.rows),
             size=program.size,
         )
-    count = config.train.batch_size
+    count, num_mined = config.train.batch_size, program.num_mined
     batch = Batch(
         query_tokens=array((count, lengths[0]), jnp.int32, place.examples),
         positive=array((count,), jnp.int32, place.examples),
         known=array((count, plan.known), jnp.int32, place.examples),
         valid=array((count,), jnp.bool_, place.examples),
+        mined=array((count, num_mined), jnp.int32, place.examples) if num_mined else None,
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = array(key.shape, key.dtype)

@@ -45,6 +45,7 @@ FREE = (
     "compile.",
     "embed.",
     "export.",
+    "mine.",
     "search.",
     "mesh.",
     "cache.",
@@ -129,7 +130,7 @@ def default() -> ConfigDict:
     c.negatives.draws = 8  # m, draws per query
     c.negatives.mined = 0  # and so many of those found beforehand (truncated only)
     c.negatives.in_batch = False  # and the positives of the batch's other queries (truncated only)
-    c.negatives.path = ""  # a file of mined negatives; empty = the data's own hard negatives
+    c.negatives.path = ""  # a file of mined negatives (docs/data.md); empty = the data's own
     c.negatives.max_relative_score = 0.0  # drop those above this share of s+, as 0.95; 0 = none
     c.negatives.block_rows = 64  # R, rows of a sampling block
 
@@ -167,6 +168,15 @@ def default() -> ConfigDict:
     c.eval.top_k = 100  # results kept per query; recall@100 needs 100
     c.eval.bm25 = True  # BM25 on the same queries
     c.eval.full_encoder = False  # also the untouched encoder with all its layers
+
+    c.mine = ConfigDict()  # --mode=mine: negatives of the train split, for negatives.path
+    c.mine.source = "bm25"  # what ranks: bm25, encoder (model.weights), a run's folder, a TREC file
+    c.mine.output = ""  # where to; empty = negatives.trec in the workdir
+    c.mine.depth = 200  # targets ranked for each query, known positives among them
+    c.mine.skip = 0  # so many of the best are left out: they may be positives that nobody knows
+    c.mine.keep = 50  # and so many of those behind them are kept
+    c.mine.max_relative_score = 0.0  # drop those above this share of the positive's score; 0 = none
+    c.mine.margin = 0.0  # drop those not so far below the positive's score; 0 = none
 
     c.embed = ConfigDict()
     c.embed.path = ""  # --mode=embed: a corpus.jsonl or its folder; empty = the run's own targets
@@ -275,6 +285,7 @@ def validate(config: ConfigDict) -> None:
             "config.eval.full_encoder compares with published weights but config.model.weights is "
             "'random': write False"
         )
+    _validate_mine(config)
     tile = config.cache.tile_rows
     if 0 < tile < config.negatives.block_rows:
         raise UserError(
@@ -438,6 +449,11 @@ _LEAST = {
     "eval.sample_targets": 1,
     "eval.batch_size": 1,
     "eval.top_k": 100,
+    "mine.depth": 1,
+    "mine.skip": 0,
+    "mine.keep": 1,
+    "mine.max_relative_score": 0.0,
+    "mine.margin": 0.0,
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
     "checkpoint.keep_every": 0,
@@ -536,6 +552,20 @@ def _validate_draws(config: ConfigDict) -> None:
         already = "config.loss.shared" if config.loss.shared else "strategy 'in_batch'"
         raise UserError(
             f"config.negatives.in_batch pools the batch's positives, as {already} does: drop it"
+        )
+
+
+def _validate_mine(config: ConfigDict) -> None:
+    mine = config.mine
+    if mine.skip + mine.keep > mine.depth:
+        raise UserError(
+            f"config.mine.depth ranks {mine.depth} targets a query but config.mine.skip + "
+            f"config.mine.keep is {mine.skip} + {mine.keep}: write a larger depth, or fewer"
+        )
+    if mine.max_relative_score > 1:
+        raise UserError(
+            f"config.mine.max_relative_score is {mine.max_relative_score}, above the positive's "
+            "own score: write a share up to 1, or 0 to drop none"
         )
 
 

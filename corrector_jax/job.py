@@ -17,7 +17,7 @@ from corrector_jax import cache as caches
 from corrector_jax import config as configs
 from corrector_jax import digest, paths, rng, snapshot, weights
 from corrector_jax.cache import TargetCache, TargetTokens
-from corrector_jax.data import dataset, order, sources, tokenize
+from corrector_jax.data import dataset, mined, order, sources, tokenize
 from corrector_jax.data.dataset import RetrievalData
 from corrector_jax.data.published import folder_of
 from corrector_jax.data.token_table import TokenTable, token_table
@@ -199,11 +199,7 @@ def make_job(config: ConfigDict) -> Job:
     place = placement(config)
     data = load_data(config)
     final_split = dataset.eval_split(data, config.data.eval_split)
-    if "train" not in data.splits:
-        raise UserError(
-            f"{data.name} has no train split to train on: add one (train.jsonl, qrels/train.tsv, "
-            "as the layout has it), or raise config.data.max_targets if it is set"
-        )
+    require_train(data)
     say(_describe(data))
     if "dev" not in data.splits:
         say(f"no dev split: evaluations during training and the probe use {final_split}")
@@ -254,6 +250,19 @@ def make_job(config: ConfigDict) -> Job:
             "corpus": data.fingerprint(),
         },
     )
+
+
+def require_train(data: RetrievalData) -> None:
+    """Refuses data without a train split.
+
+    Raises:
+      UserError: there is none.
+    """
+    if "train" not in data.splits:
+        raise UserError(
+            f"{data.name} has no train split to train on: add one (train.jsonl, qrels/train.tsv, "
+            "as the layout has it), or raise config.data.max_targets if it is set"
+        )
 
 
 def load_data(config: ConfigDict, max_bad_rows: int = 0) -> RetrievalData:
@@ -456,13 +465,31 @@ def _probe(
 
 def _mined(config: ConfigDict, data: RetrievalData) -> Sequence[np.ndarray]:
     """Per training query, the rows of its mined negatives."""
-    mined = data.splits["train"].negatives
-    if not any(map(len, mined)):
+    split, path = data.splits["train"], config.negatives.path
+    found: Sequence[np.ndarray] = split.negatives
+    if path:
+        place = paths.make(path)
+        if not place.is_file():
+            raise UserError(
+                f"config.negatives.path is {path!r}, which is not a file: write a TREC run of the "
+                "training queries, or have one made with --mode=mine"
+            )
+        found, rows = mined.read(place, split, data.target_ids, config.data.max_bad_rows)
+        if rows.refused:
+            first = next(iter(rows.refused.values())).message
+            say(f"{path}: skipped {len(rows.refused):,} bad row(s); the first: {first}")
+    counts = np.array([len(rows) for rows in found])
+    if not counts.any():
         raise UserError(
-            f"mined negatives are wanted but {data.name} names no hard negatives for any training "
-            "query: write a file of them as --config.negatives.path"
+            f"mined negatives are wanted but {path or data.name} names none for any training "
+            "query: have them mined with --mode=mine, and write the file as "
+            "--config.negatives.path"
         )
-    return mined
+    say(
+        f"mined negatives: {(counts > 0).sum():,} of {len(split.texts):,} training queries have "
+        f"some, {counts[counts > 0].mean():.1f} each"
+    )
+    return found
 
 
 def _width(lengths: np.ndarray, limit: int) -> int:

@@ -11,6 +11,8 @@ Flags:
   --mode=train          train, evaluating before and after; leaves results.json and report.html
   --mode=prepare_data   fetch, write and tokenize the data of configs/nq.py and its like
   --mode=check_data     what is in the data; exits 1 where training would be wrong
+  --mode=mine           mine negatives of the train split, by BM25, an encoder, a run's encoder or a
+                        TREC file; leaves negatives.trec, for --config.negatives.path
   --mode=compile        compile every step for --topology=v5e:4x4 (v4, v5p, v6e, cpu:8; empty = the
                         devices at hand) from shapes alone; exits 1 where it does not fit
   --mode=evaluate       evaluate a checkpoint of --workdir; leaves eval/NAME.json
@@ -84,6 +86,7 @@ def main(argv: list[str]) -> None:
         "inspect": _inspect,
         "export": _export,
         "embed": _embed,
+        "mine": _mine,
     }
     if _MODE.value not in modes:
         raise UserError(f"--mode is {_MODE.value!r}: write {', '.join(modes)}")
@@ -188,6 +191,12 @@ def _check_data() -> None:
 
     if not check_data(*_config_and_workdir()):
         sys.exit(1)
+
+
+def _mine() -> None:
+    from corrector_jax.mining import mine
+
+    mine(*_config_and_workdir(), step=_STEP.value)
 
 
 def _compile() -> None:

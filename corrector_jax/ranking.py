@@ -7,14 +7,17 @@ only where a file or a measuring package wants names instead of rows.
 from __future__ import annotations
 
 import logging
+import math
 import re
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
 
 from corrector_jax import paths
+from corrector_jax.data.rows import Rows
 from corrector_jax.paths import AnyPath
 from corrector_jax.types import UserError
 
@@ -49,6 +52,24 @@ class Ranking(NamedTuple):
 
     rows: np.ndarray
     scores: np.ndarray
+
+
+class Entry(NamedTuple):
+    """A target that a file names for a query.
+
+    Attributes:
+      where: 'file:line'.
+      query: its name, as `trec_name` writes it.
+      target: likewise.
+      rank: its place among the query's targets; the lowest is the best.
+      score: what it was ranked by.
+    """
+
+    where: str
+    query: str
+    target: str
+    rank: int
+    score: float
 
 
 class Measured(NamedTuple):
@@ -134,7 +155,7 @@ def write_trec(
     """
     name = _names(target_ids, [ranking.rows])
     query_name = _names(split.query_ids)
-    tag = _name(tag)
+    tag = trec_name(tag)
     with paths.writing(path) as file:
         for i, (rows, scores) in enumerate(zip(ranking.rows, ranking.scores, strict=True)):
             found = rows >= 0
@@ -145,13 +166,16 @@ def write_trec(
             )
 
 
-def read_trec(path: AnyPath, split: Judged, target_ids: Sequence[str]) -> Ranking:
-    """Reads a TREC run file back, ordered by its ranks.
+def read_trec(
+    path: AnyPath, split: Judged, target_ids: Sequence[str], rows: Rows | None = None
+) -> Ranking:
+    """Reads a TREC run file back, ordered by its ranks; .gz and .zst are unpacked.
 
     Args:
       path: the file.
       split: Q queries; those the file leaves out get no target.
       target_ids: N names, by row.
+      rows: counts the lines, and says how many bad ones are skipped; None = no bad one is.
 
     Returns:
       [Q, k], k the most targets any query has in the file.
@@ -159,35 +183,100 @@ def read_trec(path: AnyPath, split: Judged, target_ids: Sequence[str]) -> Rankin
     Raises:
       UserError: a line is not a TREC line, or names a query or a target that is not there.
     """
+    rows = rows or Rows()
+    return gather(rows.parse(rows.lines(path), _entry), split, target_ids, rows)
+
+
+def gather(
+    entries: Iterable[Entry], split: Judged, target_ids: Sequence[str], rows: Rows
+) -> Ranking:
+    """What a file names, as rows of targets.
+
+    Args:
+      entries: in any order; of a target that a query has twice, the better rank counts.
+      split: Q queries; those without an entry get no target.
+      target_ids: N names, by row.
+      rows: refuses entries that name a query or a target that is not there.
+
+    Returns:
+      [Q, k], k the most targets any query has.
+
+    Raises:
+      UserError: more such entries than `rows` allows.
+    """
     query_of = {name: i for i, name in _names(split.query_ids).items()}
-    row_of = {name: row for row, name in _names(target_ids).items()}
-    found: list[list[tuple[int, int, float]]] = [[] for _ in split.query_ids]
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                query, _, target, rank, score, _ = line.split()
-                entry = int(rank), float(score)
-            except ValueError:
-                raise UserError(
-                    f"{path}:{number} is not a TREC line, write `query Q0 target rank score tag`."
-                ) from None
-            if query not in query_of:
-                raise UserError(f"{path}:{number} names query {query!r}, which this split lacks.")
-            if target not in row_of:
-                raise UserError(f"{path}:{number} names target {target!r}, which is not there.")
-            found[query_of[query]].append((entry[0], row_of[target], entry[1]))
+    # Only names that occur are held: a corpus has many more.
+    numbers: dict[str, int] = {}
+    first: list[str] = []
+    queries, named, ranks, scores = array("i"), array("i"), array("q"), array("f")
+    for where, query, target, rank, score in entries:
+        if query not in query_of:
+            error = UserError(f"{where} names query {query!r}, which this split lacks.")
+            rows.refuse(where, error)
+            continue
+        number = numbers.setdefault(target, len(numbers))
+        if number == len(first):
+            first.append(where)
+        queries.append(query_of[query])
+        named.append(number)
+        ranks.append(rank)
+        scores.append(score)
+    row_of = np.full(len(numbers), -1, np.int32)
+    for row, identifier in enumerate(target_ids):
+        name = trec_name(identifier)
+        if name in numbers:
+            if (before := row_of[numbers[name]]) >= 0:
+                raise _alike(target_ids[before], identifier, name)
+            row_of[numbers[name]] = row
+    for name, number in numbers.items():
+        if row_of[number] < 0:
+            where = first[number]
+            rows.refuse(where, UserError(f"{where} names target {name!r}, which is not there."))
+    return _ranking(
+        len(split.query_ids),
+        *(np.asarray(column) for column in (queries, ranks, scores)),
+        targets=row_of[np.asarray(named)],
+    )
 
-    width = max(map(len, found), default=0)
-    rows = np.full((len(found), width), -1, np.int32)
-    scores = np.zeros((len(found), width), np.float32)
-    for i, entries in enumerate(found):
-        entries.sort(key=lambda entry: entry[0])
-        rows[i, : len(entries)] = [row for _, row, _ in entries]
-        scores[i, : len(entries)] = [score for _, _, score in entries]
-    return Ranking(rows, scores)
+
+def _ranking(
+    count: int, queries: np.ndarray, ranks: np.ndarray, scores: np.ndarray, *, targets: np.ndarray
+) -> Ranking:
+    """[Q, k] of parallel columns [n]; a target of -1 is left out, and so is a second copy."""
+    order = np.lexsort((ranks, queries))
+    order = order[targets[order] >= 0]
+    pairs = queries[order].astype(np.int64) << 32 | targets[order]
+    order = order[np.sort(np.unique(pairs, return_index=True)[1])]
+    lengths = np.bincount(queries[order], minlength=count)
+    width = int(lengths.max(initial=0))
+    place = np.arange(len(order)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    found = np.full((count, width), -1, np.int32)
+    found[queries[order], place] = targets[order]
+    given = np.zeros((count, width), np.float32)
+    given[queries[order], place] = scores[order]
+    return Ranking(found, given)
 
 
-def bm25(target_texts: Sequence[str], query_texts: Sequence[str], k: int) -> Ranking:
+def _entry(line: str, where: str) -> Entry:
+    """A line of a TREC file."""
+    try:
+        query, _, target, rank, score, _ = line.split()
+        entry = Entry(where, query, target, int(rank), float(score))
+        if not math.isfinite(entry.score) or abs(entry.rank) >= 2**63:
+            raise ValueError
+    except ValueError:
+        raise UserError(
+            f"{where} is not a TREC line, write `query Q0 target rank score tag`."
+        ) from None
+    return entry
+
+
+def bm25(
+    target_texts: Sequence[str],
+    query_texts: Sequence[str],
+    k: int,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Ranking:
     """Ranks by BM25 as Lucene scores it (package bm25s, k1 = 1.5, b = 0.75).
 
     Words are runs of two or more letters, digits or underscores, lower-cased, without English stop
@@ -198,6 +287,7 @@ def bm25(target_texts: Sequence[str], query_texts: Sequence[str], k: int) -> Ran
       target_texts: N texts.
       query_texts: Q texts.
       k: how many targets to keep.
+      advance: told how many more queries are done.
 
     Returns:
       [Q, min(k, N)]; targets that share no word with the query are left out, and the lower row wins
@@ -226,6 +316,7 @@ def bm25(target_texts: Sequence[str], query_texts: Sequence[str], k: int) -> Ran
     index = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
     index.index(words, show_progress=False)
     for i, query in enumerate(queries):
+        advance(1)
         if not query:
             continue
         # Its own top-k partitions all N scores, nearly all of them 0, which is 50 times slower.
@@ -277,8 +368,12 @@ def paired_bootstrap(
     return Interval(float(gain.mean()), float(low), float(high))
 
 
-def _name(text: str) -> str:
-    """A name as one field of a TREC line."""
+def trec_name(text: str) -> str:
+    """A name as one field of a TREC line.
+
+    Raises:
+      UserError: it is empty.
+    """
     if not text:
         raise UserError("An empty id cannot stand in a TREC file, give every query and target one.")
     return _UNSAFE.sub(lambda match: f"%{ord(match.group()):02X}", text)
@@ -290,12 +385,16 @@ def _names(ids: Sequence[str], used: Iterable[np.ndarray] | None = None) -> dict
     if used is not None:  # a ranking touches few of many million targets
         flat = np.unique(np.concatenate([np.ravel(array) for array in used]))
         rows = flat[flat >= 0].tolist()
-    names = {row: _name(ids[row]) for row in rows}
+    names = {row: trec_name(ids[row]) for row in rows}
     seen: dict[str, int] = {}
     for row, name in names.items():
         if seen.setdefault(name, row) != row:
-            raise UserError(
-                f"The ids {ids[seen[name]]!r} and {ids[row]!r} would both be written {name!r} in a "
-                "TREC file, rename one of them."
-            )
+            raise _alike(ids[seen[name]], ids[row], name)
     return names
+
+
+def _alike(one: str, other: str, name: str) -> UserError:
+    return UserError(
+        f"The ids {one!r} and {other!r} would both be written {name!r} in a TREC file, rename one "
+        "of them."
+    )

@@ -87,6 +87,19 @@ def test_what_a_device_holds_is_what_shapes_say(folder):
         assert step.peak == step.resident + step.own + step.temporaries
 
 
+@pytest.mark.parametrize(
+    ("changes", "mined"),
+    [({"strategy": "mined"}, DRAWS), ({"strategy": "uniform", "negatives__mined": 2}, 2)],
+)
+def test_mined_negatives_come_with_the_batch(folder, changes, mined):
+    asked = config(folder, **changes)
+    encoder, lengths = compile_ahead.find_encoder(asked)
+    program = make_program(asked, encoder, N, placement(asked))
+    _, steps = compile_ahead.lower_steps(program, lengths)
+    (own,) = [own for name, lower, own in steps if name == "train" and lower()]
+    assert own == BATCH // 8 * (4 * 8 + 4 + 4 * KNOWN + 1 + 4 * mined)
+
+
 def test_the_work_is_what_the_method_says(folder):
     steps = compiled(folder, "cpu:8")
 

@@ -85,6 +85,23 @@ def test_every_shipped_configuration_is_valid(path):
         ({"strategy": "in_batch", "train__batch_size": 1}, "config.train.batch_size is 1"),
         ({"model__weights": "random", "eval__full_encoder": True}, "config.eval.full_encoder"),
         ({"cache__tile_rows": 8}, "config.cache.tile_rows is 8"),
+        ({"negatives__mined": -1}, "config.negatives.mined is -1: write 0 or more"),
+        ({"negatives__proposal": "gumbel_topk", "loss__estimator": "single"}, "does not fit draws"),
+        ({"loss__estimator": "kool"}, "'kool' does not fit draws by 'two_level'"),
+        ({"strategy": "mined", "loss__estimator": "kool"}, "config.loss.estimator is 'kool'"),
+        ({"negatives__proposal": "topk", "loss__estimator": "weighted"}, "'topk' gives negatives"),
+        ({"negatives__mined": 2, "loss__estimator": "balanced"}, r"config\.negatives\.mined gives"),
+        ({"negatives__in_batch": True, "loss__estimator": "single"}, r"negatives\.in_batch gives"),
+        ({"strategy": "mined", "negatives__mined": 2}, "as config.negatives.draws"),
+        ({"negatives__path": "x.trec"}, "config.negatives.path is 'x.trec' but nothing reads it"),
+        ({"strategy": "in_batch", "negatives__in_batch": True}, "as strategy 'in_batch' does"),
+        (
+            {"negatives__in_batch": True, "loss__shared": True, "loss__estimator": "truncated"},
+            "as config.loss.shared does",
+        ),
+        ({"mine__depth": 40}, r"config.mine.depth ranks 40 .* is 0 \+ 50"),
+        ({"mine__max_relative_score": 1.1}, "config.mine.max_relative_score is 1.1"),
+        ({"mine__margin": -0.1}, "config.mine.margin is -0.1: write 0.0 or more"),
         (
             {
                 "train__steps": 7,
@@ -127,6 +144,23 @@ def test_every_strategy_has_defaults_that_are_valid():
                     **needs,
                 )
             )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"strategy": "mined", "negatives__path": "x.trec", "negatives__in_batch": True},
+        {"negatives__mined": 1, "negatives__path": "x.trec", "negatives__in_batch": True},
+        {"strategy": "in_batch", "negatives__mined": 2},
+        {"strategy": "uniform", "negatives__in_batch": True},
+        {"negatives__proposal": "gumbel_topk", "negatives__mined": 1},
+        {"loss__shared": True, "negatives__mined": 1},
+    ],
+)
+def test_negatives_that_are_mixed_are_summed_as_they_are(changes):
+    config = changed(**changes)
+    configs.validate(config)
+    assert configs.chosen(config)["estimator"] == "truncated"
 
 
 def test_json_keeps_every_value_and_refuses_unknown_keys():

@@ -136,6 +136,19 @@ def test_trec_goes_by_rank_not_by_place(tmp_path):
     assert back.rows.tolist() == [[0, 1], [0, -1], [-1, -1]]
 
 
+def test_a_target_that_stands_twice_counts_once_with_its_better_rank(tmp_path):
+    path = tmp_path / "run.trec"
+    path.write_text("q0 Q0 a 7 0.5 x\nq0 Q0 b 3 0.75 x\nq0 Q0 a 1 1.5 x\n")
+    back = read_trec(path, judged([[0]]), ["a", "b"])
+    assert back.rows.tolist() == [[0, 1]]
+    assert back.scores.tolist() == [[1.5, 0.75]]
+
+
+def test_an_empty_trec_file_finds_nothing(tmp_path):
+    (tmp_path / "run.trec").write_text("")
+    assert read_trec(tmp_path / "run.trec", judged([[0], [1]]), ["a", "b"]).rows.shape == (2, 0)
+
+
 def test_names_with_blanks_stay_one_field(tmp_path):
     ids = ["a b\tc", "x%20y", "zero\0 line\nend", "half \ud800"]
     split = judged([[0], [1]], names=["who is\u2003it", "q%"])
@@ -176,6 +189,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     [
         ("q0 Q0 a 1 0.5", "run.trec:2 is not a TREC line"),
         ("q0 Q0 a one 0.5 x", "run.trec:2 is not a TREC line"),
+        ("q0 Q0 a 1 inf x", "run.trec:2 is not a TREC line"),
         ("q9 Q0 a 1 0.5 x", "run.trec:2 names query 'q9'"),
         ("q0 Q0 c 1 0.5 x", "run.trec:2 names target 'c'"),
     ],

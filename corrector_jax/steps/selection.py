@@ -161,6 +161,9 @@ def without_probable_positives(
 ) -> tuple[Pool, dict[str, Mean]]:
     """Drops candidates that score above `share` of the positive: probably positives themselves.
 
+    Of a positive below zero, (1 - share) of its size below it: a share up to 1 never keeps what
+    scores above the positive.
+
     Args:
       pool: the candidates.
       positive: [B] float32 fresh logits s_i+.
@@ -169,7 +172,8 @@ def without_probable_positives(
     Returns:
       The pool, and "dropped_share", the share of its candidates that were dropped.
     """
-    limit = share * jax.lax.stop_gradient(positive)[:, None]
+    positive = jax.lax.stop_gradient(positive)[:, None]
+    limit = positive - (1.0 - share) * jnp.abs(positive)
     dropped = pool.valid & (pool.scores > limit)
     counts = (mask.sum().astype(jnp.float32) for mask in (dropped, pool.valid))
     return pool._replace(valid=pool.valid & ~dropped), {"dropped_share": Mean(*counts)}
@@ -253,10 +257,13 @@ def drift_loss(
             assert chosen.stale is not None
             own = pool.ids.ndim == 2
             # A shared pool is the draws, preceded by each query's positive where those join.
-            first = 0 if pool.ids.size == chosen.ids.size else 1
+            first = 0 if not own and pool.ids.size == chosen.ids.size else 1
             rows = corrector.apply(psi, chosen.stale[:, first:], 1.0)
             shape = "bd,bmd->bm" if own else "bd,kmd->bkm"
             logits = beta * jnp.einsum(shape, queries, rows)
+            if own and pool.ids.shape[1] > logits.shape[1]:  # the batch's positives stand behind
+                others = corrector.apply(psi, chosen.stale[:, 0], 1.0)
+                logits = jnp.concatenate([logits, beta * queries @ others.T], axis=1)
             logits = logits.reshape(pool.scores.shape)
             total += kl_weight * losses.drift_kl(logits, pool.scores, pool.valid)
         return total

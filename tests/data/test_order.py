@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from corrector_jax.data import order
-from corrector_jax.data.order import batch_rows, choose_positive, make_batch
+from corrector_jax.data.order import batch_rows, choose_mined, choose_positive, make_batch
 
 
 @pytest.mark.parametrize(
@@ -80,6 +80,65 @@ def test_choice_is_a_function_of_seed_and_step():
     assert len({chosen(seed, step) for seed in range(4) for step in range(4)}) == 16
 
 
+MINED = [np.arange(100, 106, dtype=np.int32), np.array([7, 3], np.int32), np.zeros(0, np.int32)]
+
+
+def test_every_set_of_mined_negatives_is_chosen_equally_often():
+    """Two of six: fifteen sets, and each of the two places holds each of the six equally often."""
+    rows, steps = np.array([0, 0]), 3000
+    chosen = np.stack(
+        [choose_mined(rows, MINED, count=2, seed=1, step=step) for step in range(steps)]
+    )
+    assert chosen.dtype == np.int32
+    assert chosen.min() >= 100
+    assert (chosen[..., 0] != chosen[..., 1]).all()
+    sets = np.sort(chosen[:, 0], axis=1) - 100
+    counts = np.bincount(sets[:, 0] * 6 + sets[:, 1])
+    counts = counts[counts > 0]
+    assert len(counts) == 15
+    assert ((counts - steps / 15) ** 2 / (steps / 15)).sum() < 36.1  # 14 degrees, 0.1 %
+    for place in range(2):
+        counts = np.bincount(chosen[:, 1, place] - 100, minlength=6)
+        assert ((counts - steps / 6) ** 2 / (steps / 6)).sum() < 20.5  # 5 degrees, 0.1 %
+    same = (np.sort(chosen[:, 0], axis=1) == np.sort(chosen[:, 1], axis=1)).all(axis=1).sum()
+    assert 140 < same < 260  # places of a batch are independent: 1 of 15
+
+
+def test_a_short_list_of_mined_negatives_is_taken_whole_and_padded():
+    rows = np.array([1, 2, 0, 1])
+    for step in range(20):
+        chosen = choose_mined(rows, MINED, count=4, seed=0, step=step)
+        assert chosen.shape == (4, 4)
+        assert sorted(chosen[0].tolist()) == sorted(chosen[3].tolist()) == [-1, -1, 3, 7]
+        assert chosen[0, 2:].tolist() == [-1, -1]
+        assert chosen[1].tolist() == [-1] * 4
+        assert len(set(chosen[2].tolist())) == 4
+
+
+def test_mined_negatives_are_a_function_of_seed_and_step():
+    lists = [np.arange(100, dtype=np.int32)] * 8
+    rows = np.arange(8)
+
+    def chosen(seed: int, step: int) -> tuple[int, ...]:
+        return tuple(choose_mined(rows, lists, count=1, seed=seed, step=step)[:, 0].tolist())
+
+    assert chosen(1, 2) == chosen(1, 2)
+    assert len({chosen(seed, step) for seed in range(4) for step in range(4)}) == 16
+
+
+def test_a_batch_holds_the_mined_negatives_of_its_own_queries():
+    tokens = np.arange(9, dtype=np.uint16)[:, None]
+    lists = [np.array([10 * i, 10 * i + 1, 10 * i + 2], np.int32) for i in range(9)]
+    ask = {
+        "query_tokens": tokens, "positives": lists, "known": np.zeros((9, 1), np.int32),
+        "batch_size": 4, "seed": 0, "mined": lists,
+    }  # fmt: skip
+    for step in range(4):
+        batch = make_batch(step, num_mined=2, **ask)
+        assert np.array_equal(batch.mined // 10, np.tile(batch.query_tokens, (1, 2)))
+    assert make_batch(0, **ask).mined is None
+
+
 def test_batches_hold_what_belongs_together():
     rng = np.random.default_rng(0)
     query_tokens = rng.integers(0, 60_000, (9, 5)).astype(np.uint16)
@@ -97,10 +156,10 @@ def test_batches_hold_what_belongs_together():
         np.testing.assert_array_equal(batch.known, known[rows])
         assert [p in k for p, k in zip(batch.positive, batch.known, strict=True)] == [True] * 4
         assert batch.positive.min() >= 0
-        dtypes = [leaf.dtype for leaf in batch]
+        dtypes = [leaf.dtype for leaf in batch[:4]]
         assert dtypes == [np.int32, np.int32, np.int32, np.bool_]
         assert batch.valid.all()
-        assert all(isinstance(leaf, np.ndarray) for leaf in batch)
+        assert all(isinstance(leaf, np.ndarray) for leaf in batch[:4])
     assert any((a.positive != b.positive).any() for a, b in pairwise(batches))
 
 

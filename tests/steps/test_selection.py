@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from corrector_jax import losses
 from corrector_jax.metrics import means
 from corrector_jax.models.corrector import Mlp
 from corrector_jax.negatives import Gated, InBatch, TwoLevel
@@ -53,8 +54,10 @@ def choose(params, psi, cache, tokens, proposal=PROPOSAL):
 
 
 def pool_of(kind, queries, chosen, psi):
-    if kind == "own":
-        return selection.own_pool(queries, chosen, beta=BETA)
+    if kind in ("own", "joined"):
+        own = selection.own_pool(queries, chosen, beta=BETA)
+        more = functools.partial(selection.with_positives, beta=BETA)
+        return own if kind == "own" else more(own, queries, chosen, BATCH)
     return selection.shared_pool(
         queries, chosen, psi, BATCH,
         beta=BETA, proposal=PROPOSAL, positives=kind == "positives",
@@ -75,7 +78,7 @@ def chosen():
     return jax.device_get(run(w["params"], w["psi"], w["cache"], w["tokens"]))
 
 
-KINDS = ["own", "shared", "positives"]
+KINDS = ["own", "shared", "positives", "joined"]
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -134,6 +137,91 @@ def test_a_shared_pool_knows_how_likely_every_query_was_to_draw_each_candidate()
     )
 
 
+def test_other_queries_positives_join_the_draws():
+    _, pools = chosen()
+    queries, targets = world()["params"]["queries"], world()["params"]["targets"]
+    pool = pools["joined"]
+    for part, own in zip(pool, pools["own"], strict=True):
+        np.testing.assert_allclose(part[:, :DRAWS], own, rtol=1e-6)
+    assert pool.ids[:, DRAWS:].tolist() == [BATCH.positive.tolist()] * 4
+    wanted = BETA * queries @ targets[BATCH.positive].T
+    np.testing.assert_allclose(pool.scores[:, DRAWS:], wanted, atol=1e-5)
+    assert not np.any(pool.log_prob[:, DRAWS:])
+    # 0, 5, 28, 6 are the positives; the third query knows 0 too; the fourth is padded.
+    assert pool.valid[:, DRAWS:].tolist() == [
+        [False, True, True, False],
+        [True, False, True, False],
+        [False, True, False, False],
+        [False, False, False, False],
+    ]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.9, 1.0])
+def test_the_loss_over_draws_and_positives_is_that_of_section_1_over_their_union(share):
+    """In NumPy, query by query: each target once, none known, none too close to the positive."""
+    found, pools = chosen()
+    queries, targets = world()["params"]["queries"], world()["params"]["targets"]
+    pool = pools["joined"]
+    scores = oracle.f64(BETA * queries @ targets.T)
+    positive = scores[np.arange(4), BATCH.positive]
+    measured = {}
+    if share:
+        pool, measured = selection.without_probable_positives(
+            pool, jnp.asarray(positive, jnp.float32), share
+        )
+    loss = losses.truncated(jnp.asarray(positive, jnp.float32), pool, found.draws)
+    dropped = candidates = 0
+    for query in range(3):
+        everything = [*found.draws.ids[query].tolist(), *BATCH.positive[:3].tolist()]
+        taken = [y for y in everything if y not in KNOWN[query]]
+        candidates += len(taken)
+        if share:
+            kept = [y for y in taken if scores[query, y] <= share * positive[query]]
+            dropped, taken = dropped + len(taken) - len(kept), kept
+        terms = [positive[query], *(scores[query, y] for y in set(taken))]
+        assert loss[query] == pytest.approx(
+            oracle.log_sum_exp(np.array(terms)) - terms[0], abs=1e-4
+        )
+    assert loss[3] == pytest.approx(0, abs=1e-6)
+    if share:
+        assert (positive[:3] > 0).all()
+        assert 0 < dropped < candidates
+        assert means(measured)["dropped_share"] == pytest.approx(dropped / candidates)
+
+
+def test_of_a_positive_below_zero_nothing_above_it_is_kept():
+    scores = jnp.array([[-0.9, -1.0, -1.04, -1.2]])
+    pool = losses.Pool(jnp.arange(4)[None], scores, jnp.zeros((1, 4)), jnp.ones((1, 4), bool))
+    for share, kept in (
+        (0.9, [3]),
+        (0.95, [3]),
+        (0.97, [2, 3]),
+        (1.0, [1, 2, 3]),
+        (1.2, [0, 1, 2, 3]),
+    ):
+        left, _ = selection.without_probable_positives(pool, jnp.array([-1.0]), share)
+        assert np.flatnonzero(left.valid[0]).tolist() == kept
+
+
+def test_dropping_candidates_moves_the_positive_by_its_own_loss_alone():
+    """The limit is a threshold, not a term: no gradient reaches the positive through it."""
+    pool = losses.Pool(
+        jnp.arange(3)[None],
+        jnp.array([[0.2, 0.5, 0.99]]),
+        jnp.zeros((1, 3)),
+        jnp.ones((1, 3), bool),
+    )
+
+    def loss(positive, share):
+        left = selection.without_probable_positives(pool, positive, share)[0] if share else pool
+        return losses.truncated(positive, left, None)[0]
+
+    of_two = pool._replace(valid=pool.valid.at[0, 2].set(False))
+    wanted = jax.grad(lambda s: losses.truncated(s, of_two, None)[0])(jnp.ones(1))
+    assert jax.grad(loss)(jnp.ones(1), 0.9) == pytest.approx(wanted)
+    assert jax.grad(loss)(jnp.ones(1), 0.0) != pytest.approx(wanted)
+
+
 def test_pairs_keep_duplicates_and_weigh_what_is_there():
     found, _ = chosen()
     pairs = selection.pairs_of(found)
@@ -167,7 +255,13 @@ def drift_gradients(kind, mse, kl):
 
 LOSSES = pytest.mark.parametrize(
     ("kind", "mse", "kl"),
-    [("own", 1.0, 0.0), ("own", 0.0, 1.0), ("shared", 0.0, 2.0), ("positives", 3.0, 0.5)],
+    [
+        ("own", 1.0, 0.0),
+        ("own", 0.0, 1.0),
+        ("shared", 0.0, 2.0),
+        ("positives", 3.0, 0.5),
+        ("joined", 0.0, 1.5),
+    ],
 )
 
 
