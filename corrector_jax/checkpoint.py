@@ -1,10 +1,11 @@
-"""Checkpoints: the training state, and beside it the cache, saved once per snapshot.
+"""Checkpoints: the training state, and beside it the cache.
 
     checkpoints/STEP/   state, and its position: step, ledger, seconds, which cache (Orbax)
     cache/STEP/         one snapshot of the cache, referred to by step and sha256 (snapshot.py)
     damaged/            checkpoints that turned out not to be what was saved, set aside
 
-A checkpoint never holds the cache: under `never` it would save the same gigabytes every time.
+A checkpoint refers to a snapshot: under `never` all of them to the same gigabytes, saved once.
+Where steps write rows, each has a snapshot of its own.
 Orbax commits a step with a rename on disks and with a marker file on object stores; either way a
 step that is listed is whole.
 """
@@ -181,7 +182,7 @@ class Checkpoints:
             # Dropped while everything listed is whole: the step being written is listed too.
             self._manager.wait_until_finished()
             self._require_space(state)
-            self._drop_unused_snapshots(position)
+            self._drop_unused_snapshots({position.cache["step"] if position.cache else None})
             self._best.metrics = {int(step): metric for step, metric in position.dev.items()}
             content = {
                 "format": FORMAT,
@@ -323,7 +324,10 @@ class Checkpoints:
         """
         with self._writing():
             self._require_space(cache)
-            return snapshot.save(self._caches / str(step), cache, step=step, made_by=made_by)
+            saved = snapshot.save(self._caches / str(step), cache, step=step, made_by=made_by)
+            # A refresh at every step must not fill the disk before the next checkpoint.
+            self._drop_unused_snapshots(set(self._snapshots.values()))
+            return saved
 
     def check(self, step: int) -> Iterator[tuple[str, int, str]]:
         """Reads everything a checkpoint stands on and holds it against its digests.
@@ -493,8 +497,8 @@ class Checkpoints:
         except OSError:
             return []
 
-    def _drop_unused_snapshots(self, position: Position) -> None:
-        """Removes snapshots that neither a kept checkpoint nor `position` refers to.
+    def _drop_unused_snapshots(self, needed: set[int | None]) -> None:
+        """Removes snapshots that no kept checkpoint refers to and that are not `needed`.
 
         The newest always stays: a refresh may have made it for the next checkpoint.
         """
@@ -507,8 +511,7 @@ class Checkpoints:
                     self.read(step)
                 except DamagedError:
                     return  # it may need any of them
-        needed = {self._snapshots[step] for step in self.steps()}
-        needed.add(position.cache["step"] if position.cache else None)
+        needed = needed | {self._snapshots[step] for step in self.steps()}
         for step in there - needed - {max(there, default=0)} if distributed.is_lead() else ():
             paths.remove(self._caches / str(step))
 

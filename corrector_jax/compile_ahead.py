@@ -298,6 +298,8 @@ def lower_steps(
                 held_bytes((gap, asked, fresh, ids)),
             ),
         ]
+        if program.method.corrector.landmarks:
+            steps.append(("fit", lambda: program.fit_step().lower(state, cache, tokens, key), 0))
     return held_bytes((state, cache, tokens)), steps
 
 

@@ -519,7 +519,13 @@ def _validate_strategy(config: ConfigDict) -> None:
                 else "re-embeds none within steps: drop it"
             )
         )
-    refresh_policy_of(config)
+    policy, steps = refresh_policy_of(config), config.train.steps
+    if refresh != "never" and policy.shortest(steps) >= steps:
+        raise UserError(
+            f"strategy {config.strategy!r} refreshes the cache by {refresh!r} but not once in "
+            f"{steps} steps: refresh earlier"
+            + (", by a smaller config.corrector.probe_every" if refresh == "adaptive" else "")
+        )
     _validate_draws(config)
 
 
@@ -530,6 +536,11 @@ def _validate_draws(config: ConfigDict) -> None:
         raise UserError(
             f"config.loss.estimator {estimator!r} does not fit draws by {proposal!r}: 'kool' goes "
             "with --config.negatives.proposal=gumbel_topk and that with 'kool' or 'truncated' alone"
+        )
+    if negatives.max_relative_score > 1:
+        raise UserError(
+            f"config.negatives.max_relative_score is {negatives.max_relative_score}, above the "
+            "positive's own score: write a share up to 1, as 0.95, or 0 to drop none"
         )
     joined = [key for key in ("mined", "in_batch") if negatives[key]]
     if estimator != "truncated" and (proposal == "topk" or joined):
@@ -579,6 +590,11 @@ def _validate_corrector(config: ConfigDict) -> None:
                 f"cache lives {life} steps, so the corrector would never be used: write 1 to "
                 f"{life - 1}"
             )
+    if words["corrector"] == "nystrom" and corrector.fit_every >= config.train.steps:
+        raise UserError(
+            f"config.corrector.fit_every is {corrector.fit_every} of {config.train.steps} steps, "
+            "so the corrector would never be fitted: write fewer than config.train.steps"
+        )
     if corrector.loss == "kl" and corrector.uniform_rows:
         raise UserError(
             f"config.corrector.uniform_rows is {corrector.uniform_rows} but loss 'kl' reads only "

@@ -288,7 +288,7 @@ def _method(config: ConfigDict, size: int, model: DualEncoder, place: Placement)
     policies: dict[str, CachePolicy] = {
         "keep": Keep(),
         "write_back": WriteBack(place),
-        "rolling": Rolling(config.refresh.rows, model, place),
+        "rolling": Rolling(min(config.refresh.rows, size), model, place),
     }
     estimator = words["estimator"]
     in_batch = words["proposal"] == "in_batch"
@@ -324,7 +324,7 @@ def _proposal(
         batch=config.train.batch_size,
         dim=model.dim,
         hidden=corrector.width(model.dim),
-        draws=draws,
+        draws=draws if word == "two_level" else 1,  # the others have noise per block, not per draw
         block_rows=negatives.block_rows,
     )
     made: dict[str, Proposal] = {"uniform": Uniform(draws, size), "mined": Mined(draws)}

@@ -67,7 +67,11 @@ class Schedule:
 
     def shortest(self, steps: int) -> int:
         """The smallest distance between two of them; the last one's life does not count."""
-        due = [0, *(step for step in range(1, steps) if self.is_due(step, None))]
+        stretches = (
+            range(first, steps if stop is None else min(stop, steps), every)
+            for first, stop, every in self.parts
+        )
+        due = [0, *(step for step in itertools.chain(*stretches) if step)]
         return min((b - a for a, b in itertools.pairwise(due)), default=steps)
 
 

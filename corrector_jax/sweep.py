@@ -208,12 +208,14 @@ def draw_top(
         value, block = _top_of_all(mine[0], mine[1], count)  # [B, m + 1], on every device
         owner = share.holds(block) & (value > -jnp.inf)
 
-        def expand(pair: Array) -> tuple[Array, Array, Array]:
-            """Every row of a winning block: [n] -> ids, logits, perturbed logits [n, R]."""
+        most = min(count, block_rows)
+
+        def expand(pair: Array) -> tuple[Array, ...]:
+            """The best rows of a winning block: [n] -> perturbed logits, ids, logits [n, most]."""
             query, number = pair // count, block.reshape(-1)[pair]
             ids, logits = share.block(query, number)
             if keys is None:
-                return ids, logits, logits
+                return _top(logits, ids, most, logits)
             noise = jax.vmap(
                 lambda q, b: jax.random.gumbel(
                     jax.random.fold_in(jax.random.fold_in(keys[1], q), b),
@@ -221,18 +223,19 @@ def draw_top(
                     mode="high",
                 )
             )(query, number)
-            return ids, logits, _given_max(logits + noise, value.reshape(-1)[pair])
+            perturbed = _given_max(logits + noise, value.reshape(-1)[pair])
+            return _top(perturbed, ids, most, logits)
 
-        rows = (batch * count, block_rows)
-        nobody = (jnp.zeros(rows, jnp.int32), jnp.zeros(rows), jnp.full(rows, -jnp.inf))
-        ids, logits, perturbed = (
-            x.reshape(batch, -1) for x in share.where_owned(expand, owner, nobody, place)
+        rows = (batch * count, most)
+        nobody = (jnp.full(rows, -jnp.inf), jnp.zeros(rows, jnp.int32), jnp.zeros(rows))
+        found = share.where_owned(expand, owner, nobody, place)
+        perturbed, ids, logits = _top(
+            *(x.reshape(batch, -1) for x in found[:2]), count, found[2].reshape(batch, -1)
         )
-        perturbed, at = jax.lax.top_k(perturbed, count)
-        ids, logits = (jnp.take_along_axis(x, at, axis=1) for x in (ids, logits))
         best, ids, logits = _top_of_all(perturbed, ids, count, logits)
         valid = best[:, :draws] > -jnp.inf
-        safe = jnp.where(log_z > -jnp.inf, log_z, 0.0)[:, None]
+        # What is not a number stays so: such a step must be seen, and skipped.
+        safe = jnp.where(log_z == -jnp.inf, 0.0, log_z)[:, None]
         return Draws(
             ids=jnp.where(valid, ids[:, :draws], 0),
             log_prob=jnp.where(valid, logits[:, :draws] - safe, 0.0),

@@ -30,7 +30,6 @@ from corrector_jax.evaluate import Evaluated, evaluate, match_words, references,
 from corrector_jax.job import Job, make_job
 from corrector_jax.lock import Lock
 from corrector_jax.metrics import means
-from corrector_jax.models.corrector import Nystrom
 from corrector_jax.paths import AnyPath
 from corrector_jax.preemption import PreemptedError, Preemption
 from corrector_jax.refresh import CacheWriter
@@ -200,7 +199,7 @@ def loop(
     """
     job, config, position = run.job, run.job.config, run.position
     step_fn, probe_fn = job.train_step(), job.probe_step()
-    fit_fn = job.fit_step() if isinstance(job.method.corrector, Nystrom) else None
+    fit_fn = job.fit_step() if job.method.corrector.landmarks else None
     # All at once: computed in the loop, each would queue behind the step and wait for it.
     updates = np.arange(config.train.steps // config.train.accumulate)
     rates = np.asarray(jax.vmap(job.learning_rate)(updates))
@@ -476,7 +475,7 @@ def fit(
     """
     job, step = run.job, run.position.step
     key = job.place.put_everywhere(rng.key(job.config.seed, "landmarks", step))
-    run.position.ledger["encoded_without_grad"] += job.method.corrector.width(job.model.dim)
+    run.position.ledger["encoded_without_grad"] += job.method.corrector.landmarks
     return fit_fn(state, cache, job.tokens, key)
 
 

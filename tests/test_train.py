@@ -245,6 +245,21 @@ def test_a_cache_of_mixed_age_is_no_first_snapshot(folder):
         run(config, folder / "not-mixed")
 
 
+def test_refreshes_leave_no_snapshot_behind_that_nothing_refers_to(folder, monkeypatch):
+    config = tiny.config(folder, strategy="oracle", eval__bm25=False, checkpoint__every=8)
+    most, save_cache = [], Checkpoints.save_cache
+
+    def counted(self, *arguments, **more):
+        saved = save_cache(self, *arguments, **more)
+        most.append(len(list((folder / "oracle" / "cache").iterdir())))
+        return saved
+
+    monkeypatch.setattr(Checkpoints, "save_cache", counted)
+    run(config, folder / "oracle")
+    assert len(most) == 8  # the first, and one before each step but the first
+    assert max(most) == 2
+
+
 def test_a_schedule_refreshes_when_it_says(folder):
     config = tiny.config(
         folder, strategy="refreshed", refresh__schedule="0-4:2,4-end:3", eval__bm25=False

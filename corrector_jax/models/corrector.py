@@ -41,6 +41,7 @@ class Identity:
     """
 
     learns = False
+    landmarks = 0
 
     def width(self, dim: int) -> int:
         """Numbers a row passes through on the way, beside its D: none."""
@@ -75,6 +76,7 @@ class Linear:
     """
 
     learns = True
+    landmarks = 0
 
     def width(self, dim: int) -> int:
         """Numbers a row passes through on the way, beside its D: none."""
@@ -124,6 +126,7 @@ class Mlp:
     normalize: bool = True
 
     learns = True
+    landmarks = 0
 
     def width(self, dim: int) -> int:
         """Numbers a row passes through on the way, beside its D: the hidden layer."""

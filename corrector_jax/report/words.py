@@ -211,6 +211,8 @@ def cache_sentence(results: Mapping[str, Any]) -> str:
     refreshed = finite(results, "ledger", "refresh")
     if refreshed is None:
         return ""
+    if get(results, "strategy") == "streaming":
+        return "Rows of the cache were made new by the steps that encoded them anyway."
     if not refreshed:
         return "The cache was never refreshed: 0 targets were re-embedded after the first snapshot."
     targets = finite(results, "dataset", "targets")

@@ -17,7 +17,7 @@ from corrector_jax import losses
 from corrector_jax.cache import TargetCache, TargetTokens
 from corrector_jax.models.dual_encoder import DualEncoder
 from corrector_jax.sharding import Placement
-from corrector_jax.steps.selection import Selected
+from corrector_jax.steps.selection import Selected, encode_rows
 from corrector_jax.types import Array, PyTree
 
 
@@ -100,9 +100,9 @@ class WriteBack:
         """The cache with the rows of `chosen` ([B, 1 + m] ids) made new."""
         ids, there = chosen.ids.reshape(-1), chosen.there.reshape(-1)
         # Each row once: of two writers the device would take either, and they may round apart.
-        once = losses.first_occurrence(ids, there) & taken
+        once = losses.first_occurrence(ids, there)
         fresh = jax.lax.stop_gradient(chosen.fresh).reshape(len(ids), -1)
-        return caches.write(cache, jnp.where(once, ids, -1), fresh, step, self.place)
+        return _write(cache, ids, fresh, once & taken, step, self.place)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Rolling:
     """A slice of the corpus is re-embedded at every step, round robin.
 
     Attributes:
-      rows: targets of a slice.
+      rows: targets of a slice, at most N.
       model: the dual encoder.
       place: the mesh.
     """
@@ -131,10 +131,16 @@ class Rolling:
     ) -> TargetCache:
         """The cache with the slice of this step, [rows, D], made new."""
         # The first row in whole passes and rest: step x rows would overflow in a long run.
-        rows = min(self.rows, cache.size)
-        per_pass = -(-cache.size // rows)
-        ids = (step % per_pass) * rows + jnp.arange(rows)
-        text = self.place.split(caches.take_tokens(tokens, ids, self.place))
-        fresh = self.model.encode_targets(jax.lax.stop_gradient(params), text)
-        there = (ids < cache.size) & taken
-        return caches.write(cache, jnp.where(there, ids, -1), fresh, step, self.place)
+        per_pass = -(-cache.size // self.rows)
+        ids = (step % per_pass) * self.rows + jnp.arange(self.rows)
+        ids = jnp.where(ids < cache.size, ids, -1)
+        fresh = encode_rows(params, tokens, ids, model=self.model, place=self.place)
+        return _write(cache, ids, fresh, taken, step, self.place)
+
+
+def _write(
+    cache: TargetCache, ids: Array, fresh: Array, there: Array, step: Array, place: Placement
+) -> TargetCache:
+    """The rows that are there, and finite: one that is not would never be drawn and mended."""
+    there = there & jnp.isfinite(fresh).all(axis=1)
+    return caches.write(cache, jnp.where(there, ids, -1), fresh, step, place)

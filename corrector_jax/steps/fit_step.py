@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from corrector_jax import cache as caches
 from corrector_jax.cache import TargetCache, TargetTokens
@@ -13,6 +14,7 @@ from corrector_jax.models.corrector import Nystrom
 from corrector_jax.models.dual_encoder import DualEncoder
 from corrector_jax.sharding import Placement
 from corrector_jax.state import TrainState
+from corrector_jax.steps import selection
 from corrector_jax.types import Array
 
 
@@ -38,11 +40,14 @@ def fit_step(
       place: the mesh.
 
     Returns:
-      The state with the corrector fitted and in use.
+      The state with the corrector fitted and in use: its gate needs no probe, as it is the identity
+      but where landmarks say otherwise.
     """
-    ids = jax.random.randint(key, (corrector.landmarks,), 0, tokens.size)
-    text = place.split(caches.take_tokens(tokens, ids, place))
-    fresh = model.encode_targets(state.params, text)
+    # One in each of m equal stretches: uniform, and no target twice.
+    starts = np.arange(corrector.landmarks + 1) * tokens.size // corrector.landmarks
+    first, width = (jnp.asarray(x, jnp.int32) for x in (starts[:-1], np.diff(starts)))
+    ids = first + jax.random.randint(key, (corrector.landmarks,), 0, width)
+    fresh = selection.encode_rows(state.params, tokens, ids, model=model, place=place)
     params = corrector.fit(caches.take(cache, ids, place), fresh)
     fitted = dataclasses.replace(state.corrector, params=params, gate=jnp.ones((), jnp.float32))
     return dataclasses.replace(state, corrector=fitted)

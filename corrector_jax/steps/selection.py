@@ -215,9 +215,29 @@ def uniform_pairs(
       Pairs [u, D], all of weight 1.
     """
     ids = jax.random.randint(key, (count,), 0, tokens.size)
-    text = place.split(caches.take_tokens(tokens, ids, place))
-    fresh = model.encode_targets(jax.lax.stop_gradient(params), text)
+    fresh = encode_rows(params, tokens, ids, model=model, place=place)
     return Pairs(caches.take(cache, ids, place), fresh, jnp.ones((count,), jnp.float32))
+
+
+def encode_rows(
+    params: PyTree, tokens: TargetTokens, ids: Array, *, model: DualEncoder, place: Placement
+) -> Array:
+    """Fresh embeddings of any targets without gradient, the work shared whatever their number.
+
+    Args:
+      params: the encoders' parameters.
+      tokens: the token table.
+      ids: [n] int32; -1 for a place that is empty (its embedding means nothing).
+      model: the dual encoder.
+      place: the mesh.
+
+    Returns:
+      [n, D] float32.
+    """
+    # What the devices do not divide would be encoded by each of them, all of it.
+    padded = jnp.pad(ids, (0, place.pad(len(ids)) - len(ids)), constant_values=-1)
+    text = place.split(caches.take_tokens(tokens, padded, place))
+    return model.encode_targets(jax.lax.stop_gradient(params), text)[: len(ids)]
 
 
 def drift_loss(

@@ -103,11 +103,13 @@ def task_loss(
     positive = method.beta * jnp.einsum(
         "bd,bd->b", queries, chosen.fresh[:, 0], precision=jax.lax.Precision.HIGHEST
     )
-    measured: dict[str, Mean] = {}
+    best = jnp.max(jnp.where(pool.valid, pool.scores, -jnp.inf), axis=1)
+    measured = {"accuracy": metrics.mean(positive > best, jnp.asarray(batch.valid))}
     if method.max_relative_score:
-        pool, measured = selection.without_probable_positives(
+        pool, dropped = selection.without_probable_positives(
             pool, positive, method.max_relative_score
         )
+        measured |= dropped
     each = method.estimator(positive, pool, chosen.draws)
     loss = jnp.sum(jnp.where(batch.valid, each, 0.0)) / jnp.maximum(batch.valid.sum(), 1)
     return loss, (chosen, pool, queries, positive, measured)
@@ -150,17 +152,13 @@ def train_step(
     (loss, made_of), grads = jax.value_and_grad(task_loss, has_aux=True)(
         state.params, psi, cache, tokens, batch, draw_key, model=model, method=method, place=place
     )
-    chosen, pool, queries, positive, of_pool = made_of
+    chosen, pool, queries, _, of_pool = made_of
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
 
     measured = of_pool | {
         "loss": Mean(loss, jnp.float32(1.0)),
         "grad_norm": Mean(optax.tree.norm(grads), jnp.float32(1.0)),
-        "accuracy": metrics.mean(
-            positive > jnp.max(jnp.where(pool.valid, pool.scores, -jnp.inf), axis=1),
-            jnp.asarray(batch.valid),
-        ),
     }
     if model.learn_beta:
         beta = method.beta * model.beta_ratio(state.params)

@@ -51,7 +51,11 @@ CASES = {
     "uniform, balanced": {"loss.estimator": "balanced", "train.chunk": 24, "train.remat": True},
     "corrected, kl": {"corrector.loss": "kl", "model.shared_towers": False},
     "mined": {"negatives.in_batch": True},
-    "nystrom": {"corrector.landmarks": 40, "negatives.proposal": "gumbel_topk"},
+    "nystrom": {
+        "corrector.landmarks": 40,
+        "corrector.fit_every": 5,
+        "negatives.proposal": "gumbel_topk",
+    },
     # As `refreshed`, at every step.
     "oracle": {"loss.estimator": "single"},
     "streaming": {"negatives.proposal": "topk", "negatives.mined": 2},
