@@ -99,7 +99,7 @@ def single(positive: Array, pool: Pool, drawn: Draws) -> Array:
     count = pool.valid.sum(axis=1)
     mean = jnp.where(pool.valid, pool.scores, 0.0).sum(axis=1) / jnp.maximum(count, 1)
     # Where candidates were dropped, Z^- of those that are left: their share of the draws of it.
-    kept = jnp.log(jnp.maximum(count, 1) / pool.valid.shape[1])
+    kept = jnp.log(jnp.maximum(count, 1) / drawn.ids.shape[1])
     margin = jnp.where(count > 0, drawn.log_z + kept - positive, -jnp.inf)
     weight = jax.lax.stop_gradient(jax.nn.sigmoid(margin))
     surrogate = jnp.where(count > 0, weight * (mean - positive), 0.0)

@@ -228,10 +228,10 @@ def draw_top(
 
         rows = (batch * count, most)
         nobody = (jnp.full(rows, -jnp.inf), jnp.zeros(rows, jnp.int32), jnp.zeros(rows))
-        found = share.where_owned(expand, owner, nobody, place)
-        perturbed, ids, logits = _top(
-            *(x.reshape(batch, -1) for x in found[:2]), count, found[2].reshape(batch, -1)
+        perturbed, ids, logits = (
+            x.reshape(batch, -1) for x in share.where_owned(expand, owner, nobody, place)
         )
+        perturbed, ids, logits = _top(perturbed, ids, count, logits)
         best, ids, logits = _top_of_all(perturbed, ids, count, logits)
         valid = best[:, :draws] > -jnp.inf
         # What is not a number stays so: such a step must be seen, and skipped.

@@ -18,6 +18,7 @@ from corrector_jax.models.corrector import Folded, Identity, Mlp
 from corrector_jax.negatives import Gated, TwoLevel
 from corrector_jax.sharding import make_placement
 from corrector_jax.sweep import draw_two_level
+from corrector_jax.types import Batch
 from tests import oracle
 
 N, DIM, BATCH = 1009, 12, 6
@@ -263,7 +264,8 @@ def test_temporaries_stay_within_the_budget(batch, dim, hidden, draws, block_row
             rows = jnp.zeros((place.pad(20_000, block_rows), dim))
             cache = TargetCache(rows, None, jnp.zeros(len(rows), jnp.int32), 20_000)
             known = jnp.zeros((batch, 4), jnp.int32)
-            return jnp.zeros((batch, dim)), psi, cache, known, jax.random.key(0)
+            queries = Batch(known, known[:, 0], known, known[:, 0] == 0)
+            return jnp.zeros((batch, dim)), psi, cache, queries, jax.random.key(0)
 
         compiled = oracle.jit(proposal.draw).lower(*jax.eval_shape(shapes)).compile()
         return compiled.memory_analysis().temp_size_in_bytes

@@ -99,12 +99,13 @@ def test_a_cache_that_is_kept_stays():
 
 def test_no_gradient_reaches_parameters_through_what_is_written():
     place, (stale, fresh) = make_placement(1), world()
+    cache = oracle.filled(stale, place, block_rows=4)
+    tokens = oracle.row_numbers(SIZE, place, block_rows=4)
 
     def total(targets):
-        cache = Rolling(25, oracle.Free(), place).update(
-            oracle.filled(stale, place, block_rows=4), {"queries": stale, "targets": targets},
-            oracle.row_numbers(SIZE, place, block_rows=4), chosen(), jnp.int32(0), jnp.bool_(True),
-        )  # fmt: skip
-        return cache.embeddings.sum()
+        params = {"queries": stale, "targets": targets}
+        policy = Rolling(25, oracle.Free(), place)
+        step, taken = jnp.int32(0), jnp.bool_(True)
+        return policy.update(cache, params, tokens, chosen(), step, taken).embeddings.sum()
 
     assert not np.any(oracle.jit(jax.grad(total))(jnp.asarray(np.nan_to_num(fresh))))
