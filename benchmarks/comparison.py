@@ -78,10 +78,15 @@ def summarise(grid: Grid, name: str, records: Records) -> dict[str, Any]:
     Returns:
       A JSON-able dict.
     """
-    some = next(iter(records.values()))[0]
+    every = [one for of in records.values() for one in of]
+    some = every[0]
     return {
         "name": name,
-        "setting": dict(grid.setting),
+        "setting": {
+            key: value
+            for key, value in some["settings"].items()
+            if all(one["settings"].get(key) == value for one in every)
+        },
         **{key: some[key] for key in ("dataset", "encoder", "steps", "devices", "cores", "jax")},
         "before": _short(some["eval"]["before"]),
         "bm25": _short(some["eval"].get("bm25", {})),

@@ -5,8 +5,8 @@ query would both have given another difference, so both are drawn anew: the pige
 (Owen 2007, Annals of Applied Statistics 1(2)) draws S of the S seeds and, independently, Q of the
 Q queries, each with replacement, and means over the table of the two; the interval holds the
 middle 95 % of 2,000 such means. Queries alone would say too little: three other seeds may order
-two strategies otherwise. For noise within seed and query the scheme is conservative; for a
-difference that hangs on the seed more than on the queries, three seeds are few, and it is not
+two strategies otherwise. The scheme is conservative where noise is within seed and query; where a
+difference hangs on the seed far more than on the queries, three seeds are few for it
 (`tests/benchmarks/test_paired.py` measures both).
 """
 
