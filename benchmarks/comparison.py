@@ -45,8 +45,9 @@ def read(grid: Grid, folder: Path) -> dict[str, list[Record]]:
         for seed in sorted(grid.seeds):
             if found := read_json(folder / f"{cell}-{seed}.json"):
                 records.setdefault(cell, []).append(found)
-    if len({one["queries"] for of in records.values() for one in of}) > 1:
-        raise UserError(f"{folder} holds runs on different queries: write another --name for some")
+    every = [one for of in records.values() for one in of]
+    if len({(one["queries"], one["dataset"]["targets"]) for one in every}) > 1:
+        raise UserError(f"{folder} holds runs on different data: write another --name for some")
     return records
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from corrector_jax import paths, ranking
 from corrector_jax.data import dataset, sources
 from corrector_jax.data.dataset import RetrievalData, Split
+from corrector_jax.report.words import read_json
 from corrector_jax.types import UserError
 
 MINED = 20
@@ -35,10 +36,17 @@ def write(source: str, folder: Path, *, targets: int = 0, mined: bool = False) -
       The folder.
 
     Raises:
-      UserError: the data has no train or dev split, or dev judges more targets than are kept.
+      UserError: the data has no train or dev split, dev judges more targets than are kept, or the
+        folder holds other data.
     """
-    last = folder / "qrels" / "dev.tsv"
-    if last.exists():
+    made_from = {"source": str(paths.make(source)), "targets": targets, "mined": mined}
+    complete = folder / "made_from.json"
+    if (before := read_json(complete)) is not None:
+        if before != made_from:
+            raise UserError(
+                f"{folder} was made from {before}, not {made_from}: remove it and the runs beside "
+                "it, or write another --name"
+            )
         return folder
     data = sources.load(source, cache_dir=str(folder.parent / "prepared"))
     if missing := sorted({"train", "dev"} - data.splits.keys()):
@@ -58,8 +66,9 @@ def write(source: str, folder: Path, *, targets: int = 0, mined: bool = False) -
     ]
     paths.write(folder / "corpus.jsonl", "\n".join(corpus) + "\n")
     paths.write(folder / "queries.jsonl", "\n".join(queries) + "\n")
-    for name in ("train", last.stem):
+    for name in data.splits:
         paths.write(folder / "qrels" / f"{name}.tsv", judgements(data, name))
+    paths.write(complete, json.dumps(made_from) + "\n")
     return folder
 
 

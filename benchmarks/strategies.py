@@ -12,6 +12,7 @@ benchmarks/results/strategies_NAME_summary.json and two plots beside it. The sec
 done and what is missing, the third writes the tables of docs/results.md anew from the summaries.
 
   --cells=A,B  --seeds=0,1    others than the grid's
+  --targets=N                 the data is cut to so many, another number than the grid's; 0 = all
   --name=NAME                 of the results; the grid's
   --config.KEY=VALUE          changes the setting, for all cells
   --runs=DIR --results=DIR    where the runs are, and where results go
@@ -268,6 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", default="", help="a data set in any layout of docs/data.md")
     parser.add_argument("--cells", default="")
     parser.add_argument("--seeds", default="")
+    parser.add_argument("--targets", type=int, default=None)
     parser.add_argument("--name", default="")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "strategies")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -306,6 +308,8 @@ def compare(arguments: argparse.Namespace, changes: Mapping[str, Any]) -> int:
         grid = dataclasses.replace(grid, cells=tuple(arguments.cells.split(",")))
     if arguments.seeds:
         grid = dataclasses.replace(grid, seeds=tuple(map(int, arguments.seeds.split(","))))
+    if arguments.targets is not None:
+        grid = dataclasses.replace(grid, targets=arguments.targets)
     name = arguments.name or arguments.grid
     changes = dict(changes)
     cache_dir = str(changes.pop("data.cache_dir", ""))

@@ -145,11 +145,12 @@ def test_tables_and_plots_come_from_the_files(tmp_path: Path):
     assert page.read_text() == filled
 
 
-def test_runs_on_different_queries_are_not_compared(tmp_path: Path):
-    for seed, queries in ((0, "some"), (1, "others")):
-        one = record("stale", seed, 0.3) | {"queries": queries}
+@pytest.mark.parametrize("other", [{"queries": "others"}, {"dataset": {"targets": 99}}])
+def test_runs_on_different_data_are_not_compared(tmp_path: Path, other: dict[str, Any]):
+    for seed, change in ((0, {}), (1, other)):
+        one = record("stale", seed, 0.3) | change
         (tmp_path / f"stale-{seed}.json").write_text(json.dumps(one))
-    with pytest.raises(UserError, match="different queries"):
+    with pytest.raises(UserError, match="different data"):
         comparison.read(GRID, tmp_path)
 
 

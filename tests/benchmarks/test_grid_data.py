@@ -96,3 +96,5 @@ def test_data_that_is_there_is_left_as_it_is(tmp_path: Path):
     assert grid_data.write(str(folder), tmp_path / "data") == written
     assert (written / "corpus.jsonl").read_text() == before
     assert json.loads(before.splitlines()[0])["_id"] == "t0"
+    with pytest.raises(UserError, match="another --name"):
+        grid_data.write(str(folder), tmp_path / "data", targets=30)
