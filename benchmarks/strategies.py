@@ -313,7 +313,8 @@ def compare(arguments: argparse.Namespace, changes: Mapping[str, Any]) -> int:
     name = arguments.name or arguments.grid
     changes = dict(changes)
     cache_dir = str(changes.pop("data.cache_dir", ""))
-    cells = plan(grid, name, runs=arguments.runs, results=arguments.results, changes=changes)
+    runs = arguments.runs.resolve()
+    cells = plan(grid, name, runs=runs, results=arguments.results, changes=changes)
     if arguments.list:
         for cell in cells:
             print(f"{cell.name}-{cell.seed}: {cell.state()}")
@@ -323,7 +324,7 @@ def compare(arguments: argparse.Namespace, changes: Mapping[str, Any]) -> int:
     code = run_all(
         cells,
         arguments.data,
-        arguments.runs / name,
+        runs / name,
         targets=grid.targets,
         cache_dir=cache_dir,
         keep=arguments.keep,

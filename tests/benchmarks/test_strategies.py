@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -99,10 +101,42 @@ def test_what_cannot_be_run_is_said_before_anything_runs(tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+def one_cell(folder: Path) -> strategies.Cell:
+    grid = grids.Grid(setting={}, cells=("stale",), seeds=(0,))
+    return strategies.plan(grid, "x", runs=folder, results=folder)[0]
+
+
+def test_a_comparison_that_is_asked_to_stop_asks_its_run(tmp_path, monkeypatch):
+    code = (
+        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); "
+        "print('ready', flush=True); time.sleep(60)"
+    )
+    real, cell, here = subprocess.Popen, one_cell(tmp_path), []
+    monkeypatch.setattr(
+        strategies.subprocess,
+        "Popen",
+        lambda command, **options: real([sys.executable, "-c", code], **options),
+    )
+
+    def ask() -> None:
+        log = cell.workdir / "log.txt"
+        while not (log.exists() and "ready" in log.read_text()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: here.append("told"))
+    try:
+        threading.Thread(target=ask).start()
+        assert strategies.run(cell, tmp_path, "") == 75
+        assert not here
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert here  # whoever listened before does again
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_a_run_that_outlived_its_benchmark_is_waited_for(tmp_path, monkeypatch):
-    cell = strategies.plan(
-        grids.Grid(setting={}, cells=("stale",), seeds=(0,)), "x", runs=tmp_path, results=tmp_path
-    )[0]
+    cell = one_cell(tmp_path)
     holder = strategies.filelock.FileLock(cell.workdir / "lock.held")
     cell.workdir.mkdir(parents=True)
     monkeypatch.setattr(
