@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,12 @@ if TYPE_CHECKING:
 METRICS = ("mrr@10", "recall@20")
 KL, FEWER = 0.05, 4
 """Goals: nats from the true softmax with no refresh, and how many times fewer re-embeddings."""
+
+PLOTS = {
+    "recall": "Recall@20 against targets encoded for training",
+    "kl": "KL from the true softmax over steps; diamonds: at the end, over all targets",
+}
+"""Name of a picture's file -> what it shows."""
 
 # Okabe and Ito: the hues stay apart for colour-blind eyes.
 _COLOURS = ("#000000", "#d55e00", "#0072b2", "#56b4e9", "#009e73", "#cc79a7", "#e69f00", "#5d6670")
@@ -64,7 +71,7 @@ def write(grid: Grid, name: str, results: Path) -> None:
         return
     summary = summarise(grid, name, records)
     paths.write(results / f"strategies_{name}_summary.json", json.dumps(summary, indent=1) + "\n")
-    for plot, draw in (("recall", draw_recall), ("kl", draw_kl)):
+    for plot, draw in zip(PLOTS, (draw_recall, draw_kl), strict=True):
         draw(records).savefig(results / f"strategies_{name}_{plot}.png")
 
 
@@ -145,7 +152,8 @@ def goals(grid: Grid, records: Records) -> list[dict[str, Any]]:
             judge(cell, goal, interval.low, paired.is_superior(interval))
         if own and not any(one["ledger"]["refresh"] for one in own):
             kl = float(np.mean([one["distribution"]["kl_corrected"] for one in own]))
-            judge(cell, f"KL(P||P_h) of {KL} nats or less without a refresh", kl, kl <= KL)
+            goal = f"{KL} nats or less from the true softmax (KL), without a refresh"
+            judge(cell, goal, kl, kl <= KL)
     return found
 
 
@@ -203,7 +211,14 @@ def fill_in(document: Path, results: Path) -> None:
 
     def filled(found: re.Match[str]) -> str:
         summary = read_json(results / f"strategies_{found['name']}_summary.json")
-        inside = f"\n{tables(summary)}\n" if summary else ""
+        inside = ""
+        if summary:
+            beside = Path(os.path.relpath(results, document.parent)).as_posix()
+            plots = [
+                f"![{shown}]({beside}/strategies_{found['name']}_{plot}.png)"
+                for plot, shown in PLOTS.items()
+            ]
+            inside = "\n".join(["", tables(summary), "", *plots, ""])
         return f"{found['start']}\n{inside}{found['end']}"
 
     marked = r"(?P<start><!-- strategies (?P<name>[\w.-]+) -->)\n.*?(?P<end><!-- end -->)"
@@ -212,6 +227,8 @@ def fill_in(document: Path, results: Path) -> None:
 
 def draw_recall(records: Records) -> Figure:
     """Recall@20 against targets encoded for training; bars are standard deviations over seeds."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     figure, ax = _canvas()
     for (cell, of), colour in zip(records.items(), itertools.cycle(_COLOURS), strict=False):
         recall = [one["eval"]["after"]["recall@20"] for one in of]
@@ -228,6 +245,9 @@ def draw_recall(records: Records) -> Figure:
             label=cell,
         )
     ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("targets encoded for training")
     ax.set_ylabel("recall@20 on dev")
     ax.legend(frameon=False, fontsize=9)

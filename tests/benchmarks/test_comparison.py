@@ -139,6 +139,9 @@ def test_tables_and_plots_come_from_the_files(tmp_path: Path):
         in filled
     )
     assert "| `corrected` - `stale` | +0.0500 (+0.0500 to +0.0500) |" in filled
+    assert "(strategies_made-up_kl.png)" in filled.replace("./", "")
+    columns = [line.count("|") for line in filled.splitlines() if line.startswith("|")]
+    assert set(columns) == {8, 4, 5}  # no cell holds a bar of its own
     assert filled.endswith("before\n<!-- strategies not-run -->\n<!-- end -->\nafter\n")
     assert "old" not in filled
     comparison.fill_in(page, tmp_path)
