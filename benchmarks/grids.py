@@ -56,24 +56,24 @@ class Grid:
     corrected: tuple[str, ...] = ("corrected", "corrected-linear")
 
 
-_SHORT_TEXTS = {
-    "data.query_max_len": 24,
-    "data.target_max_len": 24,
-    "model.layers": 2,
-    "train.learning_rate": 1e-4,
-    "negatives.draws": 4,
-    "corrector.updates": 4,
-    "corrector.probe_every": 20,
-    "corrector.probe_targets": 512,
-    "log.tensorboard": False,
-    "checkpoint.every": 50,
-    "checkpoint.keep": 1,
-}
-
 GRIDS: dict[str, Grid] = {
     # Two cores, 90 minutes: docs/results.md says how it was chosen.
     "small": Grid(
-        setting=_SHORT_TEXTS | {"train.steps": 160, "train.warmup": 20},
+        setting={
+            "data.query_max_len": 24,
+            "data.target_max_len": 24,
+            "model.layers": 2,
+            "train.steps": 160,
+            "train.warmup": 20,
+            "train.learning_rate": 1e-4,
+            "negatives.draws": 4,
+            "corrector.updates": 4,
+            "corrector.probe_every": 20,
+            "corrector.probe_targets": 512,
+            "log.tensorboard": False,
+            "checkpoint.every": 50,
+            "checkpoint.keep": 1,
+        },
         cells=("uniform", "stale", "corrected", "corrected-linear", "refreshed-25"),
         targets=20_000,
     ),
