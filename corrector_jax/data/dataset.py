@@ -135,7 +135,7 @@ def subset(data: RetrievalData, *, max_targets: int = 0, max_queries: int = 0) -
         if value < 0:
             raise UserError(f"data.{key} is {value}: write 0 for all, or a positive number.")
     if 0 < max_targets < len(data.target_ids):
-        data = _keep_targets(data, _smallest(data.target_ids, max_targets))
+        data = keep_targets(data, _smallest(data.target_ids, max_targets))
         if not data.splits:
             raise UserError(
                 f"data.max_targets={max_targets} leaves no query of {data.name} with a positive: "
@@ -178,7 +178,16 @@ def _keep_queries(split: Split, rows: Sequence[int]) -> Split:
     )
 
 
-def _keep_targets(data: RetrievalData, rows: np.ndarray) -> RetrievalData:
+def keep_targets(data: RetrievalData, rows: np.ndarray) -> RetrievalData:
+    """The task over some of the targets; a query stays if one of its positives does.
+
+    Args:
+      data: the whole.
+      rows: [n] sorted rows of the targets to keep.
+
+    Returns:
+      The smaller task, without splits that have no query left.
+    """
     new_row = np.full(len(data.target_ids), -1, np.int32)
     new_row[rows] = np.arange(len(rows), dtype=np.int32)
     splits = {}

@@ -1,0 +1,119 @@
+"""What is compared: strategies by name, and the settings they are compared in.
+
+A cell is a strategy with what it overrides; a grid holds a setting and the cells worth their time
+in it. A new one of either is an entry here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from corrector_jax import config as configs
+
+CELLS: dict[str, dict[str, Any]] = {
+    "in_batch": {"strategy": "in_batch"},
+    "uniform": {"strategy": "uniform"},
+    "mined": {"strategy": "mined"},
+    "stale": {"strategy": "stale"},
+    "corrected": {"strategy": "corrected"},
+    "corrected-linear": {"strategy": "corrected", "corrector.kind": "linear"},
+    "corrected-500": {"strategy": "corrected", "refresh.every": 500},
+    "nystrom": {"strategy": "nystrom"},
+    "refreshed-25": {"strategy": "refreshed", "refresh.every": 25},
+    "refreshed-100": {"strategy": "refreshed", "refresh.every": 100},
+    "refreshed-500": {"strategy": "refreshed", "refresh.every": 500},
+    "oracle": {"strategy": "oracle"},  # for 2,000 targets or less
+    "streaming": {"strategy": "streaming"},
+    "rolling": {"strategy": "rolling", "refresh.rows": 128},
+}
+"""Name -> what differs from the grid's setting."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """A setting, and what is compared in it.
+
+    Attributes:
+      setting: dotted keys of the configuration, the same for all cells.
+      cells: names of `CELLS`, in the order of the table.
+      seeds: of every cell.
+      targets: the data is cut to so many, all that dev judges among them; 0 = all.
+      stale: the cell that never refreshes and does not correct.
+      fresh: the cell that refreshes, the reference.
+      corrected: the cells whose goals are decided.
+    """
+
+    setting: Mapping[str, Any]
+    cells: tuple[str, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    targets: int = 0
+    stale: str = "stale"
+    fresh: str = "refreshed-25"
+    corrected: tuple[str, ...] = ("corrected", "corrected-linear")
+
+
+GRIDS: dict[str, Grid] = {
+    # Two cores, 90 minutes: docs/results.md says how it was chosen.
+    "small": Grid(
+        setting={
+            "data.query_max_len": 24,
+            "data.target_max_len": 24,
+            "model.layers": 2,
+            "train.steps": 160,
+            "train.warmup": 20,
+            "train.learning_rate": 1e-4,
+            "negatives.draws": 4,
+            "corrector.updates": 4,
+            "corrector.probe_every": 20,
+            "corrector.probe_targets": 512,
+            "log.tensorboard": False,
+            "checkpoint.every": 50,
+            "checkpoint.keep": 1,
+        },
+        cells=("uniform", "stale", "corrected", "corrected-linear", "refreshed-25"),
+        targets=20_000,
+    ),
+}
+
+
+def config_of(setting: Mapping[str, Any], cell: str, seed: int) -> ConfigDict:
+    """The configuration of one run, but for its data.
+
+    Every cell encodes equally many targets with gradient at a step. in_batch draws nothing and
+    spends its share on further queries with their positives: B (1 + m) of them.
+
+    Args:
+      setting: of the grid.
+      cell: a name of `CELLS`.
+      seed: of the run.
+
+    Returns:
+      A configuration that is valid.
+
+    Raises:
+      UserError: the setting and the cell do not fit together.
+    """
+    config = configs.default()
+    config.update_from_flattened_dict({**setting, **CELLS[cell], "seed": seed})
+    if config.strategy == "in_batch":
+        config.train.batch_size *= 1 + config.negatives.draws
+    refresh = config.refresh.every
+    if config.strategy == "refreshed" and refresh <= config.corrector.probe_every:
+        # A probe that falls on a refresh is left out: look before it, where the cache is oldest.
+        config.corrector.probe_every = refresh - 1
+    configs.validate(config)
+    return config
+
+
+def settings_of(config: ConfigDict) -> dict[str, Any]:
+    """The keys that differ from the default, but for where the data lies: {dotted key: value}."""
+    default = dict(configs.flat(configs.default()))
+    return {
+        key: value
+        for key, value in configs.flat(config)
+        if value != default[key] and key not in ("data.path", "data.cache_dir")
+    }
