@@ -5,7 +5,7 @@
 Targets are a Gaussian mixture on the unit sphere; drift is a smooth random map of strength s (a
 rotation and a small network) and a part that no map can know. Correctors learn from pairs (C[y],
 g(y)) whose targets were drawn by score, as in training, and are judged on targets held out: drawn
-uniformly, and drawn by score from held-out queries; and by KL(P || P_h) over all targets. Settings
+uniformly, and drawn by score; and by KL(P || P_h) of held-out queries over all targets. Settings
 are those of configs/synthetic.py; writes benchmarks/results/synthetic.json and
 docs/images/synthetic.png. What it says is docs/theory.md.
 """
@@ -146,10 +146,12 @@ def judge(params: PyTree, world: World, ids: Array, *, corrector: Corrector, c: 
             "overlap": (tops[0][:, :, None] == tops[1][:, None, :]).any(-1).mean(),
         }
 
-    # By score: what a held-out query would draw, among the targets that no pair had.
-    mass = jnp.where(held[None, :], jax.nn.softmax(fresh, axis=1), 0.0).sum(axis=0)
+    # By score, as pairs are: what the same queries would draw among the targets that no pair has.
+    mass = jax.nn.softmax(c.beta * world.queries @ world.stale.T, axis=1)
+    mass = jnp.where(held, mass.sum(axis=0), 0.0)
     mass = mass / mass.sum()
     return {
+        "distinct": (jnp.bincount(ids, length=c.targets) > 0).sum(),
         "error_pairs": errors[ids].mean(),
         "error_uniform": (errors * held).sum() / held.sum(),
         "error_selected": (errors * mass).sum(),
@@ -189,9 +191,10 @@ def parameters(width: int, dim: int) -> int:
 
 
 def exponents(rows: list[dict[str, Any]], c: ConfigDict) -> list[dict[str, Any]]:
-    """How the gap between held-out and training error falls: gap ~ pairs^exponent.
+    """How the gap between held-out and training error falls: gap ~ (distinct pairs)^exponent.
 
-    Over the numbers of pairs that give more equations than there are parameters.
+    Over the numbers of pairs that give more equations than there are parameters; None where fewer
+    than three of them are left, or a gap is not above 0.
     """
     found = []
     for width in c.widths:
@@ -200,13 +203,14 @@ def exponents(rows: list[dict[str, Any]], c: ConfigDict) -> list[dict[str, Any]]
                 row
                 for row in rows
                 if (row["width"], row["strength"]) == (width, strength)
-                and row["pairs"] * c.dim > parameters(width, c.dim)
+                and row["distinct"] * c.dim > parameters(width, c.dim)
             ]
             gaps = np.array([row["error_selected"] - row["error_pairs"] for row in cells])
-            if len(gaps) > 1 and (gaps > 0).all():
-                pairs = np.log([row["pairs"] for row in cells])
-                slope = float(np.polyfit(pairs, np.log(gaps), 1)[0])
-                found.append({"width": width, "strength": strength, "exponent": round(slope, 2)})
+            slope = None
+            if len(gaps) > 2 and (gaps > 0).all():
+                pairs = np.log([row["distinct"] for row in cells])
+                slope = round(float(np.polyfit(pairs, np.log(gaps), 1)[0]), 2)
+            found.append({"width": width, "strength": strength, "exponent": slope})
     return found
 
 
