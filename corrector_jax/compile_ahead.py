@@ -246,6 +246,9 @@ def lower_steps(
         positive=array((count,), jnp.int32, place.examples),
         known=array((count, plan.known), jnp.int32, place.examples),
         valid=array((count,), jnp.bool_, place.examples),
+        candidates=array((count, program.num_candidates), jnp.int32, place.examples)
+        if program.num_candidates
+        else None,
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = array(key.shape, key.dtype)

@@ -210,7 +210,8 @@ def _config_and_workdir() -> tuple[ConfigDict, AnyPath]:
 def _evaluate() -> None:
     from corrector_jax.evaluate import evaluate_run
 
-    evaluate_run(_workdir(), name=_NAME.value, step=_STEP.value)
+    search = _CONFIG.value.eval.search
+    evaluate_run(_workdir(), name=_NAME.value, step=_STEP.value, search=search)
 
 
 def _inspect() -> None:
@@ -239,11 +240,12 @@ def _embed() -> None:
 
 
 def _with_own_config(argv: list[str]) -> list[str]:
-    """A mode that takes the run's configuration reads its own section alone of the command line."""
+    """A mode that takes the run's configuration reads its own keys alone of the command line."""
     mode = next((a.partition("=")[2] for a in argv[::-1] if re.match("--?mode=", a)), "")
-    if mode not in ("export", "embed"):
+    if mode not in ("export", "embed", "evaluate"):
         return argv
-    for argument in argv[1:]:
+    # A job of several processes evaluates with the flags it trained with; they are its own.
+    for argument in argv[1:] if mode != "evaluate" else ():
         name = argument.lstrip("-").partition("=")[0]
         if name.startswith("config.") and name.split(".")[1] != mode:
             raise UserError(

@@ -50,6 +50,15 @@ def test_every_shipped_configuration_is_valid(path):
         ({"strategy": "in_batch", "train__batch_size": 1}, "config.train.batch_size is 1"),
         ({"model__weights": "random", "eval__full_encoder": True}, "config.eval.full_encoder"),
         ({"cache__tile_rows": 8}, "config.cache.tile_rows is 8"),
+        ({"negatives__proposal": "scann", "corrector__loss": "kl"}, "candidates and the uniform"),
+        ({"negatives__proposal": "scann", "loss__estimator": "kool"}, "'kool' does not fit"),
+        ({"negatives__proposal": "scann", "negatives__tail": 0}, "config.negatives.tail is 0"),
+        (
+            {"negatives__proposal": "scann", "strategy": "streaming"},
+            "which strategy 'streaming' does not allow",
+        ),
+        ({"eval__search": "scann"}, "write it with --mode=evaluate alone"),
+        ({"eval__search": "faiss"}, "config.eval.search is 'faiss': write one of exact, scann"),
         (
             {
                 "train__steps": 7,
