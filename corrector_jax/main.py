@@ -13,7 +13,8 @@ Flags:
   --mode=check_data     what is in the data; exits 1 where training would be wrong
   --mode=compile        compile every step for --topology=v5e:4x4 (v4, v5p, v6e, cpu:8; empty = the
                         devices at hand) from shapes alone; exits 1 where it does not fit
-  --mode=evaluate       evaluate a checkpoint of --workdir; leaves eval/NAME.json
+  --mode=evaluate       evaluate a checkpoint of --workdir; leaves eval/NAME.json; by an index where
+                        --config.eval.search=scann
   --coordinator=HOST:PORT --processes=N --process=I
                         this process of a job of several (train, evaluate); TPU hosts and SLURM
                         need none of them, and JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
