@@ -53,6 +53,7 @@ class Position:
       cache: which snapshot of the cache the state was trained on: its step and sha256.
       embedded_at: the step before which the whole cache was embedded last.
       error: relative squared error of what selection uses, at the newest probe since then.
+      candidates: rows found for each query of the next batch, [B][K], where there are any.
       ledger: targets encoded, by purpose (docs/method.md, 7).
     """
 
@@ -67,6 +68,7 @@ class Position:
     cache: dict[str, Any] | None = None
     embedded_at: int = 0
     error: float | None = None
+    candidates: list[list[int]] | None = None
     ledger: dict[str, int] = dataclasses.field(
         default_factory=lambda: dict.fromkeys(
             ("initial", "refresh", "encoded_with_grad", "encoded_without_grad", "evaluation"), 0
@@ -328,6 +330,10 @@ class Checkpoints:
             # A refresh at every step must not fill the disk before the next checkpoint.
             self._drop_unused_snapshots(set(self._snapshots.values()))
             return saved
+
+    def cache_folder(self, reference: dict[str, Any]) -> AnyPath:
+        """Where the snapshot is that a position refers to."""
+        return self._caches / str(reference["step"])
 
     def check(self, step: int) -> Iterator[tuple[str, int, str]]:
         """Reads everything a checkpoint stands on and holds it against its digests.

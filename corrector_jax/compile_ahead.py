@@ -247,6 +247,9 @@ def lower_steps(
         known=array((count, plan.known), jnp.int32, place.examples),
         valid=array((count,), jnp.bool_, place.examples),
         mined=array((count, num_mined), jnp.int32, place.examples) if num_mined else None,
+        candidates=array((count, program.num_candidates), jnp.int32, place.examples)
+        if program.num_candidates
+        else None,
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = array(key.shape, key.dtype)

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from corrector_jax import refresh_policy
 from corrector_jax.refresh_policy import RefreshPolicy
-from corrector_jax.strategies import CACHED, SAMPLED, STRATEGIES
+from corrector_jax.strategies import INDEXED, SAMPLED, STRATEGIES
 from corrector_jax.types import UserError
 
 WORDS: dict[str, tuple[str, ...]] = {
@@ -31,11 +31,12 @@ WORDS: dict[str, tuple[str, ...]] = {
     "cache.dtype": ("float32", "bfloat16", "int8"),
     "corrector.kind": ("", "identity", "linear", "mlp", "nystrom"),
     "corrector.loss": ("mse", "kl", "both"),
-    "negatives.proposal": ("", *CACHED),
+    "negatives.proposal": ("", *INDEXED),
     "loss.estimator": ("", *SAMPLED),
     "refresh.policy": ("", "never", "every", "schedule", "adaptive", "always"),
     "train.schedule": ("linear", "cosine", "constant"),
     "eval.corpus": ("full", "sample", "corrected"),
+    "eval.search": ("exact", "scann"),
 }
 
 FREE = (
@@ -126,13 +127,20 @@ def default() -> ConfigDict:
     c.corrector.probe_queries = 256
 
     c.negatives = ConfigDict()
-    c.negatives.proposal = ""  # two_level | gumbel_topk | topk; empty = the strategy's
+    c.negatives.proposal = ""  # two_level | gumbel_topk | topk | scann; empty = the strategy's
     c.negatives.draws = 8  # m, draws per query
+    c.negatives.candidates = 256  # scann: K, targets per query that the index finds
+    c.negatives.tail = 1024  # scann: M, uniform targets per batch that stand for all others
     c.negatives.mined = 0  # and so many of those found beforehand (truncated only)
     c.negatives.in_batch = False  # and the positives of the batch's other queries (truncated only)
     c.negatives.path = ""  # a file of mined negatives (docs/data.md); empty = the data's own
     c.negatives.max_relative_score = 0.0  # drop those above this share of s+, as 0.95; 0 = none
     c.negatives.block_rows = 64  # R, rows of a sampling block
+
+    c.index = ConfigDict()  # ScaNN's, for negatives.proposal=scann and eval.search=scann:
+    c.index.leaves = 0  # parts that targets are clustered into; 0 = from N; 1 = none, exact
+    c.index.searched = 0  # of these, looked into for a query; 0 = from leaves and K
+    c.index.reorder = 0  # targets scored exactly for a query; 0 = four times as many as wanted
 
     c.loss = ConfigDict()
     # truncated | single | weighted | balanced | kool; empty = the strategy's
@@ -166,6 +174,7 @@ def default() -> ConfigDict:
     c.eval.sample_targets = 4096  # uniform targets beside the judged ones, for "sample"
     c.eval.batch_size = 128  # targets embedded at once, over all devices
     c.eval.top_k = 100  # results kept per query; recall@100 needs 100
+    c.eval.search = "exact"  # --mode=evaluate: exact | scann, and how much of the exact it finds
     c.eval.bm25 = True  # BM25 on the same queries
     c.eval.full_encoder = False  # also the untouched encoder with all its layers
 
@@ -268,6 +277,11 @@ def validate(config: ConfigDict) -> None:
         raise UserError(
             f"config.eval.corpus is 'corrected' but strategy {config.strategy!r} has no cache to "
             "rank: write 'full' or 'sample'"
+        )
+    if config.eval.search != "exact":
+        raise UserError(
+            "config.eval.search is 'scann' but what a run finds of itself is exact: write it with "
+            "--mode=evaluate alone"
         )
     saves, evaluates = config.checkpoint.every, config.eval.every
     if config.checkpoint.keep_best and (not evaluates or saves % evaluates):
@@ -431,6 +445,11 @@ _LEAST = {
     "corrector.probe_targets": 1,
     "corrector.probe_queries": 1,
     "negatives.draws": 1,
+    "negatives.candidates": 1,
+    "negatives.tail": 1,
+    "index.leaves": 0,
+    "index.searched": 0,
+    "index.reorder": 0,
     "negatives.mined": 0,
     "negatives.max_relative_score": 0.0,
     "negatives.block_rows": 1,
@@ -614,6 +633,12 @@ def _validate_corrector(config: ConfigDict) -> None:
         raise UserError(
             "config.corrector.loss 'kl' cannot see a shift common to all targets, so log Z would "
             "be wrong for the estimator 'single': write 'mse' or 'both', or another estimator"
+        )
+    if corrector.loss == "kl" and words["proposal"] == "scann":
+        raise UserError(
+            "config.corrector.loss 'kl' cannot see a shift common to all targets, so candidates "
+            "and the uniform sample beside them would be weighed wrongly under "
+            "config.negatives.proposal 'scann': write 'mse' or 'both', or another proposal"
         )
     if corrector.loss != "mse" and corrector.updates > 1:
         raise UserError(

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -212,6 +213,13 @@ def require_same(what: str, value: str) -> None:
             f"the processes of this job do not have the same {what}: give all of them the same "
             "command, data and --workdir, a folder that every host reaches"
         )
+
+
+def gather(tree: Any) -> Any:
+    """Host arrays of all processes, which call this together: [...] -> [processes, ...]."""
+    if is_alone():
+        return jax.tree.map(lambda x: x[None], tree)
+    return multihost_utils.process_allgather(tree)
 
 
 class Vote:

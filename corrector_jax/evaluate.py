@@ -14,7 +14,7 @@ from jax.stages import Wrapped
 from ml_collections import ConfigDict
 
 from corrector_jax import config as configs
-from corrector_jax import distributed, paths
+from corrector_jax import distributed, index, paths
 from corrector_jax.cache import TargetCache
 from corrector_jax.checkpoint import Checkpoints, Position
 from corrector_jax.embed import Consumer, Embedder, cached_blocks, go_over
@@ -55,6 +55,45 @@ class Search:
         scores, ids = self._place.fetch(self._best)
         ids = ids[: self._count]
         return Ranking(ids, np.where(ids >= 0, scores[: self._count], 0.0).astype(np.float32))
+
+
+class IndexSearch:
+    """The same through a ScaNN index, built over every block once all of them were added."""
+
+    def __init__(
+        self, queries: Array, count: int, *, k: int, size: int, place: Placement, **keys: int
+    ) -> None:
+        """Starts with nothing added.
+
+        Args:
+          queries: [Q', D] float32 split by row.
+          count: Q, how many of them are real.
+          k: results kept per query.
+          size: N.
+          place: the mesh.
+          **keys: of `index.parameters`.
+        """
+        self._queries, self._k = place.fetch(queries)[:count], k
+        self._rows = np.zeros((size, queries.shape[1]), np.float32)
+        self._made = index.parameters(size, k, **keys)
+
+    def add(self, ids: Array, fresh: Array) -> None:
+        """Keeps one block: ids [b] int32 (-1 = empty place), embeddings [b, D] float32."""
+        block, rows = jax.device_get((ids, fresh))
+        self._rows[block[block >= 0]] = rows[block >= 0]
+
+    def ranking(self) -> Ranking:
+        """What the index finds for the real queries: rows and scores [Q, k]."""
+        ids = np.arange(len(self._rows), dtype=np.int32)
+        built = index.build(ids, self._rows, k=self._k, made=self._made)
+        found, scores = built.search(self._queries, self._k)
+        return Ranking(found, np.where(found >= 0, scores, 0.0))
+
+    def record(self, found: Ranking, exact: Ranking) -> dict[str, Any]:
+        """How it searched, and how much of the exact top-k, [Q, k] likewise, it found."""
+        pairs = zip(found.rows, exact.rows, strict=True)
+        hits = [np.isin(one[one >= 0], other).mean() for other, one in pairs]
+        return {"kind": "scann", **self._made._asdict(), "recall_of_exact": float(np.mean(hits))}
 
 
 class GapMeter:
@@ -141,8 +180,9 @@ def evaluate(
     psi: Gated | None = None,
     also: Sequence[Consumer] = (),
     label: str = "evaluating",
+    search: str = "exact",
 ) -> Evaluated:
-    """Ranks targets for the queries of some splits, exactly, in one pass.
+    """Ranks targets for the queries of some splits in one pass.
 
     Args:
       job: the job.
@@ -156,6 +196,7 @@ def evaluate(
       psi: the corrector as selection uses it.
       also: other users of the same pass.
       label: what the progress line says.
+      search: "exact", or "scann" to rank by an index of all targets and measure what it misses.
 
     Returns:
       Records and rankings by split.
@@ -163,17 +204,22 @@ def evaluate(
     source = embedder or job.embedder
     ids = _targets_to_rank(job, splits, corpus)
     searches: dict[str, Search] = {}
+    indexed: dict[str, IndexSearch] = {}
     gaps: dict[str, GapMeter] = {}
     for split in splits:
         tokens = job.query_tokens[split]
         queries = source.queries(params, tokens)
         k = min(job.config.eval.top_k, len(ids))
         searches[split] = Search(queries, len(tokens), k=k, place=job.place)
+        if search == "scann":
+            indexed[split] = IndexSearch(
+                queries, len(tokens), k=k, size=job.size, place=job.place, **job.config.index
+            )
         if cache is not None and psi is not None and corpus == "full":
             gaps[split] = GapMeter(
                 queries, len(tokens), cache=cache, psi=psi, method=job.method, place=job.place
             )
-    consumers: list[Consumer] = [*searches.values(), *gaps.values(), *also]
+    consumers: list[Consumer] = [*searches.values(), *indexed.values(), *gaps.values(), *also]
     encoded = 0
     if corpus == "corrected":
         if cache is None or psi is None:
@@ -192,7 +238,10 @@ def evaluate(
     else:
         with progress(label, len(ids), "targets") as advance:
             encoded = go_over(source, params, ids, consumers, advance)
-    rankings = {split: search.ranking() for split, search in searches.items()}
+    rankings = {split: exact.ranking() for split, exact in searches.items()}
+    found = {split: approximate.ranking() for split, approximate in indexed.items()}
+    how = {split: indexed[split].record(found[split], rankings[split]) for split in found}
+    rankings |= found
     records = {}
     for split in splits:
         measured = measure(job.data.splits[split], rankings[split], job.data.target_ids)
@@ -204,6 +253,8 @@ def evaluate(
             measured=measured,
             distribution=gaps[split].result() if split in gaps else None,
         )
+        if split in how:
+            records[split]["search"] = how[split]
     return Evaluated(records, rankings, encoded)
 
 
@@ -233,20 +284,25 @@ def write(
     return record
 
 
-def evaluate_run(workdir: AnyPath, *, name: str = "", step: int | None = None) -> AnyPath:
+def evaluate_run(
+    workdir: AnyPath, *, name: str = "", step: int | None = None, search: str = "exact"
+) -> AnyPath:
     """Evaluates a checkpoint of a run on its final split, with the full corpus.
 
     Args:
       workdir: the run's folder.
-      name: of the evaluation; empty = SPLIT-step-STEP.
+      name: of the evaluation; empty = SPLIT-step-STEP, and -scann behind it.
       step: which checkpoint; None = the newest.
+      search: "exact" or "scann".
 
     Returns:
       The path of `eval/NAME.json`; results.json is left alone.
 
     Raises:
-      UserError: there is no run or no checkpoint, or the name is taken by the run itself.
+      UserError: there is no run or no checkpoint, the name is taken by the run itself, or ScaNN
+        cannot be used here.
     """
+    _require_search(search)
     if name in ("before", "after", "bm25", "pretrained") or "/" in name:
         raise UserError(f"--name is {name!r}, which names a part of the run itself: write another")
     job, state, cache, position = _restored(workdir, step=step, with_cache=True)
@@ -260,14 +316,35 @@ def evaluate_run(workdir: AnyPath, *, name: str = "", step: int | None = None) -
             cache=cache,
             psi=state.corrector.gated,
             also=[watch],
+            search=search,
         )
-    name = name or f"{split}-step-{step}"
+    name = name or f"{split}-step-{step}" + ("" if search == "exact" else f"-{search}")
     record = write(job, workdir, name, result.records[split], result.rankings[split])
     for metric, value in {**record["metrics"], **(record["distribution"] or {})}.items():
         say(f"{metric:>16} {value:.4f}")
+    if how := record.get("search"):
+        say(f"{'recall of exact':>16} {how['recall_of_exact']:.4f}")
     path = workdir / "eval" / f"{name}.json"
     say(f"{split} of {job.data.name} at step {step:,}: {path}")
     return path
+
+
+def _require_search(search: str) -> None:
+    if search not in configs.WORDS["eval.search"]:
+        words = " or ".join(configs.WORDS["eval.search"])
+        raise UserError(f"config.eval.search is {search!r}: write {words}")
+    if search == "exact":
+        return
+    if not distributed.is_alone():
+        raise UserError(
+            "config.eval.search 'scann' searches on one host: start --mode=evaluate as one "
+            "process, or write --config.eval.search=exact"
+        )
+    if reason := index.why_not():
+        raise UserError(
+            f"config.eval.search is 'scann' but ScaNN cannot be imported ({reason}): pip install "
+            "scann, or write --config.eval.search=exact"
+        )
 
 
 def trained(workdir: AnyPath, *, step: int | None = None) -> tuple[Job, TrainState, Position]:

@@ -15,7 +15,8 @@ Flags:
                         TREC file; leaves negatives.trec, for --config.negatives.path
   --mode=compile        compile every step for --topology=v5e:4x4 (v4, v5p, v6e, cpu:8; empty = the
                         devices at hand) from shapes alone; exits 1 where it does not fit
-  --mode=evaluate       evaluate a checkpoint of --workdir; leaves eval/NAME.json
+  --mode=evaluate       evaluate a checkpoint of --workdir; leaves eval/NAME.json; by an index where
+                        --config.eval.search=scann
   --coordinator=HOST:PORT --processes=N --process=I
                         this process of a job of several (train, evaluate); TPU hosts and SLURM
                         need none of them, and JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
@@ -219,7 +220,8 @@ def _config_and_workdir() -> tuple[ConfigDict, AnyPath]:
 def _evaluate() -> None:
     from corrector_jax.evaluate import evaluate_run
 
-    evaluate_run(_workdir(), name=_NAME.value, step=_STEP.value)
+    search = _CONFIG.value.eval.search
+    evaluate_run(_workdir(), name=_NAME.value, step=_STEP.value, search=search)
 
 
 def _inspect() -> None:
@@ -248,11 +250,12 @@ def _embed() -> None:
 
 
 def _with_own_config(argv: list[str]) -> list[str]:
-    """A mode that takes the run's configuration reads its own section alone of the command line."""
+    """A mode that takes the run's configuration reads its own keys alone of the command line."""
     mode = next((a.partition("=")[2] for a in argv[::-1] if re.match("--?mode=", a)), "")
-    if mode not in ("export", "embed"):
+    if mode not in ("export", "embed", "evaluate"):
         return argv
-    for argument in argv[1:]:
+    # A job of several processes evaluates with the flags it trained with; they are its own.
+    for argument in argv[1:] if mode != "evaluate" else ():
         name = argument.lstrip("-").partition("=")[0]
         if name.startswith("config.") and name.split(".")[1] != mode:
             raise UserError(

@@ -13,11 +13,12 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from corrector_jax import cache as caches
 from corrector_jax import losses, sweep
 from corrector_jax.cache import TargetCache
-from corrector_jax.models.corrector import Corrector
+from corrector_jax.models.corrector import Corrector, Folded
 from corrector_jax.sharding import Placement
-from corrector_jax.types import Array, ArrayLike, Batch, Draws, PyTree
+from corrector_jax.types import Array, ArrayLike, Batch, Draws, PyTree, Tail
 
 
 class Gated(NamedTuple):
@@ -209,7 +210,7 @@ class Joined:
         ids, log_prob, valid = (
             jnp.concatenate(pair, axis=1) for pair in zip(one[:3], two[:3], strict=True)
         )
-        return Draws(ids, log_prob, valid, one.log_z)
+        return Draws(ids, log_prob, valid, one.log_z, tail=one.tail)
 
     def log_prob(self, queries: Array, psi: Gated, stale: Array | None, drawn: Draws) -> Array:
         """[B, 1] zeros: the union is not a sample with a probability."""
@@ -217,24 +218,18 @@ class Joined:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cached:
-    """What all proposals over the corrected cache share.
+class Corrected:
+    """What all proposals that score corrected rows share.
 
     Attributes:
       draws: m.
       beta: inverse temperature.
       corrector: h; the identity gives the stale softmax.
-      block_rows: R, rows of a sampling block.
-      tile_rows: rows scored at once on a device.
-      place: the mesh.
     """
 
     draws: int
     beta: float
     corrector: Corrector
-    block_rows: int
-    tile_rows: int
-    place: Placement
 
     independent = 0
     reads_cache = True
@@ -243,12 +238,30 @@ class Cached:
         """l_iy - log Z_i^- of every candidate for every query: [B, P]."""
         if stale is None:
             raise ValueError("weighting by the corrected softmax needs cached rows")
-        folded = self.corrector.fold(psi.params, queries, self.beta, psi.gate)
+        folded = self._fold(psi, queries)
         logits = folded.queries @ self._lift(psi, stale).T + folded.offset[:, None]
         return jnp.where(drawn.valid[:, :1], logits - drawn.log_z[:, None], -jnp.inf)
 
+    def _fold(self, psi: Gated, queries: Array) -> Folded:
+        return self.corrector.fold(psi.params, queries, self.beta, psi.gate)
+
     def _lift(self, psi: Gated, rows: Array) -> Array:
         return self.corrector.lift(psi.params, rows, psi.gate)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cached(Corrected):
+    """What all proposals that sweep the whole cache share.
+
+    Attributes:
+      block_rows: R, rows of a sampling block.
+      tile_rows: rows scored at once on a device.
+      place: the mesh.
+    """
+
+    block_rows: int
+    tile_rows: int
+    place: Placement
 
     def _sweep(
         self,
@@ -262,7 +275,7 @@ class Cached:
         if cache is None:
             raise ValueError("drawing from the corrected softmax needs a cache")
         return draw(
-            self.corrector.fold(psi.params, queries, self.beta, psi.gate),
+            self._fold(psi, queries),
             self._lift,
             psi,
             cache,
@@ -325,6 +338,100 @@ class TopK(Cached):
     ) -> Draws:
         """`sweep.draw_top` without noise for queries [B, D]; as `TwoLevel.draw`, `key` not used."""
         return self._sweep(sweep.draw_top, queries, psi, cache, batch.known, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates(Corrected):
+    """m independent draws from candidates found on the host and a uniform sample of all targets.
+
+    Scores are those of now, whenever the candidates were found: Z^- is estimated without bias
+    however many of the likely targets they miss (docs/method.md, 3, ScaNN path).
+
+    Attributes:
+      tail: M, rows of the uniform sample, one for the whole batch.
+      size: N.
+      tile_rows: rows scored at once on a device.
+      place: the mesh.
+    """
+
+    tail: int
+    size: int
+    tile_rows: int
+    place: Placement
+
+    @property
+    def independent(self) -> int:  # type: ignore[override]
+        """All of them."""
+        return self.draws
+
+    def draw(
+        self, queries: Array, psi: Gated, cache: TargetCache | None, batch: Batch, key: Array
+    ) -> Draws:
+        """Scores the batch's candidates and the sample, and draws among both.
+
+        Args:
+          queries: [B, D] float32.
+          psi: the corrector's parameters and gate.
+          cache: the cache, split by row.
+          batch: the batch, with candidates [B, K]; they may hold copies and known positives.
+          key: a PRNG key.
+
+        Returns:
+          Draws with the estimated log_z; log_prob = l_iy - log_z for candidates and sample alike.
+
+        Raises:
+          ValueError: there is no cache, or the batch has no candidates.
+        """
+        if cache is None or batch.candidates is None:
+            raise ValueError("drawing from candidates needs a cache and a batch that has some")
+        head, known = jnp.asarray(batch.candidates), jnp.asarray(batch.known)
+        tail_key, draw_key = jax.random.split(key)
+        tail = jax.random.randint(tail_key, (self.tail,), 0, self.size)
+        folded = self._fold(psi, queries)
+        head_logits = sweep.score_rows(
+            folded, self._lift, psi, cache, head, tile_rows=self.tile_rows, place=self.place
+        )
+        rows = self._lift(psi, caches.take(cache, tail, self.place))
+        tail_logits = folded.queries @ rows.T + folded.offset[:, None]
+        there = jnp.concatenate(
+            [
+                losses.first_occurrence(jnp.maximum(head, 0), head >= 0)
+                & ~losses.is_known(head, known),
+                ~_is_among(tail, head) & ~losses.is_known(tail, known),
+            ],
+            axis=1,
+        )
+        ids = jnp.concatenate([head, jnp.broadcast_to(tail[None, :], tail_logits.shape)], axis=1)
+        logits = jnp.concatenate([head_logits, tail_logits], axis=1)
+        # A row of the sample stands for N / M targets.
+        scale = jnp.log(jnp.float32(self.size / self.tail))
+        scale = jnp.where(jnp.arange(ids.shape[1]) < head.shape[1], 0.0, scale)
+        terms = jnp.where(there, logits + scale[None, :], -jnp.inf)
+        log_z = jax.nn.logsumexp(terms, axis=1)
+
+        def draw_one(key: Array) -> Array:
+            return jnp.argmax(terms + jax.random.gumbel(key, terms.shape, mode="high"), axis=1)
+
+        at = jax.lax.map(draw_one, jax.random.split(draw_key, self.draws)).T
+        valid = jnp.broadcast_to((log_z > -jnp.inf)[:, None], at.shape)
+        safe = jnp.where(log_z > -jnp.inf, log_z, 0.0)[:, None]
+        share = jnp.exp(terms[:, head.shape[1] :] - safe)
+        return Draws(
+            ids=jnp.where(valid, jnp.take_along_axis(ids, at, axis=1), 0),
+            log_prob=jnp.where(valid, jnp.take_along_axis(logits, at, axis=1) - safe, 0.0),
+            valid=valid,
+            log_z=log_z,
+            tail=Tail(share.sum(axis=1), jnp.sqrt(self.tail * share.var(axis=1))),
+        )
+
+
+def _is_among(ids: Array, sets: Array) -> Array:
+    """Which of the ids [M] are in each query's set [B, K]: [B, M] bool."""
+    # By bisection, not B x M x K comparisons: there may be thousands of each.
+    ordered = jnp.sort(sets, axis=1)
+    at = jax.vmap(lambda row: jnp.searchsorted(row, ids))(ordered)
+    found = jnp.take_along_axis(ordered, jnp.minimum(at, sets.shape[1] - 1), axis=1)
+    return found == ids[None, :]
 
 
 def _without_probability(ids: Array) -> Draws:

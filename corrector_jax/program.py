@@ -20,6 +20,7 @@ from corrector_jax.models import corrector as correctors
 from corrector_jax.models.corrector import Corrector, Nystrom
 from corrector_jax.models.dual_encoder import DualEncoder, Encode, Encoder, rematerialised
 from corrector_jax.negatives import (
+    Candidates,
     GumbelTopK,
     InBatch,
     Joined,
@@ -32,6 +33,7 @@ from corrector_jax.negatives import (
 from corrector_jax.sharding import Placement, make_placement, rules_of
 from corrector_jax.state import CorrectorState, TrainState, init_corrector, init_state
 from corrector_jax.steps.cache_policy import CachePolicy, Keep, Rolling, WriteBack
+from corrector_jax.steps.candidates_step import ask_cache, ask_index
 from corrector_jax.steps.fit_step import fit_step
 from corrector_jax.steps.probe_step import probe_step
 from corrector_jax.steps.train_step import Method, train_step
@@ -72,6 +74,12 @@ class Program:
         """Mined negatives that a batch has for each query."""
         only = isinstance(self.method.proposal, Mined)
         return int(self.config.negatives.draws if only else self.config.negatives.mined)
+
+    @property
+    def num_candidates(self) -> int:
+        """Candidates that a batch has for each query, found on the host."""
+        wanted = configs.chosen(self.config)["proposal"] == "scann"
+        return min(self.config.negatives.candidates, self.size) if wanted else 0
 
     @property
     def uses_cache(self) -> bool:
@@ -161,6 +169,29 @@ class Program:
             fit_step, model=self.model, corrector=self.method.corrector, place=self.place
         )
         return self.place.jit_step(step, self.state_sharding, donate=(0,))
+
+    def ask_index(self) -> Wrapped:
+        """`ask_index`, jitted for the mesh: (state, batch) -> [B, D] on every device."""
+        step = functools.partial(ask_index, model=self.model, proposal=self._sweeping)
+        return self.place.jit_step(step, self.place.everywhere)
+
+    def ask_cache(self) -> Wrapped:
+        """`ask_cache`, jitted for the mesh: (state, cache, batch) -> [B, K] on every device."""
+        step = functools.partial(ask_cache, model=self.model, proposal=self._sweeping)
+        return self.place.jit_step(step, self.place.everywhere)
+
+    @property
+    def _sweeping(self) -> TopK:
+        """What finds the candidates where there is no index."""
+        rows = _tile_rows(self.config, self.num_candidates, self.method.corrector, self.model)
+        return TopK(
+            draws=self.num_candidates,
+            beta=self.method.beta,
+            corrector=self.method.corrector,
+            block_rows=self.config.negatives.block_rows,
+            tile_rows=rows,
+            place=self.place,
+        )
 
     def probe_step(self) -> Wrapped:
         """The probe step, jitted for the mesh; the state is donated."""
@@ -319,19 +350,27 @@ def _proposal(
     place: Placement,
 ) -> Proposal:
     negatives, draws = config.negatives, config.negatives.draws
-    tile_rows = config.cache.tile_rows or sweep.tile_rows(
-        config.cache.sweep_mib << 20,
-        batch=config.train.batch_size,
-        dim=model.dim,
-        hidden=corrector.width(model.dim),
-        draws=draws if word == "two_level" else 1,  # the others have noise per block, not per draw
-        block_rows=negatives.block_rows,
-    )
+    tile_rows = _tile_rows(config, draws if word == "two_level" else 1, corrector, model)
     made: dict[str, Proposal] = {"uniform": Uniform(draws, size), "mined": Mined(draws)}
     made["in_batch"] = InBatch()
     for name, kind in (("two_level", TwoLevel), ("gumbel_topk", GumbelTopK), ("topk", TopK)):
         made[name] = kind(
             draws, config.model.beta, corrector, negatives.block_rows, tile_rows, place
         )
+    made["scann"] = Candidates(
+        draws, config.model.beta, corrector, negatives.tail, size, tile_rows, place
+    )
     proposal = made[word]
     return Joined(proposal, Mined(negatives.mined)) if negatives.mined else proposal
+
+
+def _tile_rows(config: ConfigDict, draws: int, corrector: Corrector, model: DualEncoder) -> int:
+    """Rows of the cache that a device scores at once."""
+    return int(config.cache.tile_rows) or sweep.tile_rows(
+        config.cache.sweep_mib << 20,
+        batch=config.train.batch_size,
+        dim=model.dim,
+        hidden=corrector.width(model.dim),
+        draws=draws,
+        block_rows=config.negatives.block_rows,
+    )

@@ -13,7 +13,10 @@ SAMPLED = ("balanced", "truncated", "single", "weighted", "kool")
 """Task losses for draws from a softmax over all targets."""
 
 CACHED = ("two_level", "gumbel_topk", "topk")
-"""Proposals that read the cache."""
+"""Proposals that sweep the cache."""
+
+INDEXED = (*CACHED, "scann")
+"""And the one that searches an index of it: for a cache that changes with whole snapshots alone."""
 
 
 class Strategy(NamedTuple):
@@ -43,14 +46,14 @@ STRATEGIES: dict[str, Strategy] = {
     "in_batch": Strategy(("in_batch",), estimators=("truncated",)),
     "uniform": Strategy(("uniform",), estimators=("weighted", "balanced", "truncated")),
     "mined": Strategy(("mined",), estimators=("truncated",)),
-    "stale": Strategy(CACHED),
+    "stale": Strategy(INDEXED),
     "corrected": Strategy(
-        CACHED,
+        INDEXED,
         correctors=("mlp", "linear"),
         refreshes=("never", "every", "schedule", "adaptive"),
     ),
     "nystrom": Strategy(CACHED, correctors=("nystrom",)),
-    "refreshed": Strategy(CACHED, refreshes=("every", "schedule", "adaptive")),
+    "refreshed": Strategy(INDEXED, refreshes=("every", "schedule", "adaptive")),
     "oracle": Strategy(CACHED, refreshes=("always",)),
     "streaming": Strategy(CACHED, cache="write_back"),
     "rolling": Strategy(CACHED, cache="rolling"),

@@ -248,6 +248,54 @@ def draw_top(
     return _swept(local, folded, params, cache, known, keys, place)
 
 
+def score_rows(
+    folded: Folded,
+    lift: Lift,
+    params: PyTree,
+    cache: TargetCache,
+    ids: Array,
+    *,
+    tile_rows: int,
+    place: Placement,
+) -> Array:
+    """The corrected logits of each query's own candidates; each device scores the rows it holds.
+
+    Args:
+      folded: queries [B, D] and offsets [B], beta and the corrector's linear part included.
+      lift: what is left of the corrector per row.
+      params: the corrector's parameters (and gate), handed to `lift`.
+      cache: the cache, split by row.
+      ids: [B, K] int32 rows; -1 gives 0.
+      tile_rows: rows scored at once on a device.
+      place: the mesh.
+
+    Returns:
+      [B, K] float32.
+    """
+    pairs, at_once = ids.size, min(ids.size, tile_rows)
+
+    def local(folded: Folded, params: PyTree, cache: TargetCache, ids: Array) -> Array:
+        held = cache.embeddings.shape[0]
+        here = ids.reshape(-1) - local_start(held)
+        mine = (ids.reshape(-1) >= 0) & (here >= 0) & (here < held)
+        mine_first, count = jnp.argsort(~mine, stable=True), mine.sum()
+
+        def some(turn: Array, done: Array) -> Array:
+            at = turn * at_once + jnp.arange(at_once)
+            pair = mine_first[jnp.minimum(at, pairs - 1)]
+            query = pair // ids.shape[1]
+            rows = lift(params, caches.read_at(cache, jnp.clip(here[pair], 0, held - 1)))
+            logits = jnp.sum(folded.queries[query] * rows, axis=1) + folded.offset[query]
+            return done.at[jnp.where(at < count, pair, pairs)].set(logits, mode="drop")
+
+        done = jax.lax.fori_loop(0, -(-count // at_once), some, _varying(jnp.zeros(pairs)))
+        return jax.lax.psum(done, AXES).reshape(ids.shape)
+
+    scored = place.per_device(local, (EVERYWHERE, EVERYWHERE, ROWS, EVERYWHERE), EVERYWHERE)
+    with jax.named_scope("sweep"):
+        return scored(folded, params, cache, ids)
+
+
 class _Share:
     """A device's own rows of the cache while they are swept: the logits of a tile, and of a block.
 

@@ -29,6 +29,7 @@ from corrector_jax.embed import Consumer, go_over
 from corrector_jax.evaluate import Evaluated, evaluate, match_words, references, saved_config, write
 from corrector_jax.job import Job, make_job
 from corrector_jax.lock import Lock
+from corrector_jax.lookahead import Lookahead, make_lookahead
 from corrector_jax.metrics import means
 from corrector_jax.paths import AnyPath
 from corrector_jax.preemption import PreemptedError, Preemption
@@ -50,6 +51,7 @@ class Run:
       preemption: whether the run was asked to stop.
       watch: ends this process if the others leave it waiting.
       checkpoints: checkpoints and cache snapshots.
+      lookahead: finds candidates of the next batch, where the strategy has them.
       position: how far the run is; each part of the loop brings its own share up to date.
       writer: metrics.
       log: metrics of training steps.
@@ -62,6 +64,7 @@ class Run:
     preemption: Preemption
     watch: distributed.Watch
     checkpoints: Checkpoints
+    lookahead: Lookahead
     position: Position
     writer: Writer
     log: StepLog
@@ -138,12 +141,20 @@ def train(config: ConfigDict, workdir: AnyPath, *, started: float) -> AnyPath:
         preemption.check()
         state = job.init_state()
         cache = job.empty_cache() if job.uses_cache else None
+        lookahead = enter(contextlib.closing(make_lookahead(job)))
         position = Position(data=job.fingerprint)
         if resumes:
             state, cache, position = checkpoints.resume(
                 state, cache, data=job.fingerprint, made_by=job.made_by, say=say, set_aside=True
             )
             say(f"resumed {workdir} at step {position.step:,}")
+            if cache is not None and position.cache is not None:
+                lookahead.resume(
+                    cache,
+                    checkpoints.cache_folder(position.cache),
+                    position.cache,
+                    position.candidates,
+                )
         started -= position.seconds
         watch = enter(distributed.Watch(config.mesh.timeout))
         with distributed.same_fate():
@@ -166,8 +177,9 @@ def train(config: ConfigDict, workdir: AnyPath, *, started: float) -> AnyPath:
                 on_skipped=functools.partial(skipped, job, workdir, position),
             )
             run = Run(
-                job, workdir, lock, preemption, watch, checkpoints, position, writer, log, started
-            )
+                job, workdir, lock, preemption, watch, checkpoints, lookahead, position, writer,
+                log, started,
+            )  # fmt: skip
             if not resumes:
                 cache = before(run, state, cache)
                 save(run, state, cache)
@@ -203,9 +215,11 @@ def loop(
     # All at once: computed in the loop, each would queue behind the step and wait for it.
     updates = np.arange(config.train.steps // config.train.accumulate)
     rates = np.asarray(jax.vmap(job.learning_rate)(updates))
+    # One more than there are steps: a run that is prolonged goes on with its candidates.
     batches = order.ahead(
-        lambda step: place_batch(job, step), range(position.step, config.train.steps)
+        lambda step: place_batch(job, step), range(position.step, config.train.steps + 1)
     )
+    upcoming = next(batches)
     with (
         contextlib.closing(batches),
         progress("training", config.train.steps, "steps", done=position.step) as advance,
@@ -225,7 +239,9 @@ def loop(
             if cache is not None and is_probe_due(run):
                 state = probe(run, probe_fn, state, cache)
             entered = time.monotonic()
-            batch = next(batches)
+            batch = run.lookahead.join(upcoming, state, cache)
+            upcoming = next(batches)
+            run.lookahead.start(upcoming, state, cache)
             key = job.place.put_everywhere(rng.key(config.seed, "step", step))
             # Nothing moves between host and device unasked: a step that waits is a bug.
             with jax.transfer_guard("disallow"):
@@ -295,6 +311,7 @@ def save(run: Run, state: TrainState, cache: TargetCache | None) -> None:
         run.position.cache = save_cache(run, state, cache)
     run.log.flush()
     run.position.log = run.log.state()
+    run.position.candidates = run.lookahead.candidates()
     run.position.seconds = time.monotonic() - run.started
     run.position.metrics = run.writer.sync()
     run.checkpoints.save(state, run.position)
@@ -436,13 +453,15 @@ def refresh_cache(
 
 
 def save_cache(run: Run, state: TrainState, cache: TargetCache) -> dict[str, Any]:
-    """Saves a snapshot; returns the reference to it."""
+    """Saves a snapshot, and what is made of it to look candidates up; returns the reference."""
     run.lock.verify()
     whole = run.position.step == run.position.embedded_at
     weights = run.job.weights_digest(state.params) if whole else "those of several steps"
     made_by = {**run.job.made_by, "weights": weights}
     with run.watch.resting():
-        return run.checkpoints.save_cache(cache, step=run.position.step, made_by=made_by)
+        saved = run.checkpoints.save_cache(cache, step=run.position.step, made_by=made_by)
+        run.lookahead.renew(cache, run.checkpoints.cache_folder(saved), saved)
+        return saved
 
 
 def is_probe_due(run: Run) -> bool:

@@ -35,6 +35,8 @@ class Batch(NamedTuple):
       valid: [B] bool, False for a padded query: it takes part in nothing.
       mined: [B, m'] int32, rows of negatives found and chosen on the host: the data's own hard
         negatives, or a miner's; -1 pads. None where the strategy reads none.
+      candidates: [B, K'] int32, rows that an index on the host found; -1 pads. None where the
+        proposal reads none.
     """
 
     query_tokens: ArrayLike
@@ -42,6 +44,19 @@ class Batch(NamedTuple):
     known: ArrayLike
     valid: ArrayLike
     mined: ArrayLike | None = None
+    candidates: ArrayLike | None = None
+
+
+class Tail(NamedTuple):
+    """What a uniform sample contributes to an estimated partition function.
+
+    Attributes:
+      share: [B] float32, its share of the estimate.
+      spread: [B] float32, the estimate's standard deviation, divided by the estimate.
+    """
+
+    share: Array
+    spread: Array
 
 
 class Draws(NamedTuple):
@@ -55,6 +70,7 @@ class Draws(NamedTuple):
         (-inf where nothing is left; 0 for proposals without one).
       kappa: [B] float32 where draws are without replacement: the (m+1)-th largest perturbed
         log-probability, -inf where no more than m targets were left; else None.
+      tail: where log_z is an estimate, what a uniform sample contributes to it; else None.
     """
 
     ids: Array
@@ -62,3 +78,4 @@ class Draws(NamedTuple):
     valid: Array
     log_z: Array
     kappa: Array | None = None
+    tail: Tail | None = None

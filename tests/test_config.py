@@ -67,19 +67,9 @@ def test_every_shipped_configuration_is_valid(path):
         ({"strategy": "stale", "refresh__rows": 5}, "config.refresh.rows is 5"),
         ({"strategy": "uniform", "negatives__proposal": "topk"}, "config.negatives.proposal"),
         ({"strategy": "streaming", "corrector__kind": "mlp"}, "config.corrector.kind"),
-        ({"loss__estimator": "kool"}, "--config.negatives.proposal=gumbel_topk"),
         (
             {"negatives__proposal": "gumbel_topk", "loss__estimator": "balanced"},
             "config.loss.estimator 'balanced' does not fit draws by 'gumbel_topk'",
-        ),
-        ({"negatives__proposal": "topk", "loss__estimator": "single"}, "proposal 'topk' gives"),
-        ({"negatives__mined": 2, "loss__estimator": "balanced"}, "config.negatives.mined gives"),
-        ({"strategy": "mined", "negatives__mined": 2}, "config.negatives.draws"),
-        ({"negatives__path": "x"}, "config.negatives.path is 'x' but nothing reads it"),
-        ({"strategy": "in_batch", "negatives__in_batch": True}, "config.negatives.in_batch pools"),
-        (
-            {"negatives__in_batch": True, "loss__shared": True},
-            "config.negatives.in_batch pools the batch's positives, as config.loss.shared",
         ),
         ({"strategy": "in_batch", "eval__corpus": "corrected"}, "no cache"),
         ({"loss__shared": True, "loss__estimator": "weighted"}, "config.loss.shared"),
@@ -110,6 +100,15 @@ def test_every_shipped_configuration_is_valid(path):
         ({"mine__depth": 40}, r"config.mine.depth ranks 40 .* is 0 \+ 50"),
         ({"mine__max_relative_score": 1.1}, "config.mine.max_relative_score is 1.1"),
         ({"mine__margin": -0.1}, "config.mine.margin is -0.1: write 0.0 or more"),
+        ({"negatives__proposal": "scann", "corrector__loss": "kl"}, "candidates and the uniform"),
+        ({"negatives__proposal": "scann", "loss__estimator": "kool"}, "'kool' does not fit"),
+        ({"negatives__proposal": "scann", "negatives__tail": 0}, "config.negatives.tail is 0"),
+        (
+            {"negatives__proposal": "scann", "strategy": "streaming"},
+            "which strategy 'streaming' does not allow",
+        ),
+        ({"eval__search": "scann"}, "write it with --mode=evaluate alone"),
+        ({"eval__search": "faiss"}, "config.eval.search is 'faiss': write one of exact, scann"),
         (
             {
                 "train__steps": 7,

@@ -143,6 +143,18 @@ def test_two_processes_then_one_then_four_end_as_one_would(folder, alone):
 
 
 @pytest.mark.slow
+def test_two_processes_search_their_own_rows_and_find_what_one_would(folder):
+    flags = ("--config.negatives.proposal=scann", "--config.negatives.candidates=12")
+    for processes in (1, 2):
+        found = ends(start(folder, folder / f"scann-{processes}", processes, *flags))
+        assert [code for code, _ in found] == [0] * processes, found
+    one, two = (steps(folder / f"scann-{processes}") for processes in (1, 2))
+    for step, row in one.items():
+        assert np.isclose(two[step]["train/loss"], row["train/loss"], rtol=0.01), step
+        assert np.isclose(two[step]["train/tail_share"], row["train/tail_share"], rtol=0.05), step
+
+
+@pytest.mark.slow
 def test_the_others_end_when_one_is_killed_and_a_checkpoint_is_left(folder):
     workdir = folder / "killed"
     job = start(folder, workdir, 2, "--config.train.steps=500", "--config.checkpoint.every=2")

@@ -93,6 +93,8 @@ def test_modes_on_a_finished_run_take_its_configuration(tmp_path, monkeypatch):
         assert own[1] == f"--config={configs.__file__}"
         with pytest.raises(main.UserError, match=rf"seed cannot be set under --mode={mode}"):
             main._with_own_config(["main", f"--mode={mode}", "--config.seed=1"])
+    own = main._with_own_config(["main", "--mode=evaluate", "--config.eval.search=scann"])
+    assert own[1] == f"--config={configs.__file__}"
     assert main._with_own_config(["main", "--mode=train"]) == ["main", "--mode=train"]
 
 

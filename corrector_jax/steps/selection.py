@@ -304,15 +304,22 @@ def draw_metrics(
       independent: how many of the draws, the first ones, are i.i.d. from P_h^-.
 
     Returns:
-      "known_share": share of draws that are known positives, always 0; and where two draws or more
-      are i.i.d. "kl_estimate": half the sample variance of s_ij - l_ij over a query's draws, an
-      estimate of KL(P_h^- || P^-) in nats.
+      "known_share": share of draws that are known positives, always 0; where log Z^- is an
+      estimate "tail_share" and "log_z_spread", what a uniform sample contributes to Z^- and the
+      relative standard deviation that it brings; and where two draws or more are i.i.d.
+      "kl_estimate": half the sample variance of s_ij - l_ij over a query's draws, an estimate of
+      KL(P_h^- || P^-) in nats.
     """
     drawn, there = chosen.draws, chosen.there[:, 1:]
     known = losses.is_known(drawn.ids, batch.known) & there
     share = Mean(known.sum().astype(jnp.float32), there.sum().astype(jnp.float32))
+    measured = {"known_share": share}
+    if drawn.tail is not None:
+        valid = jnp.asarray(batch.valid)
+        measured["tail_share"] = mean(drawn.tail.share, valid)
+        measured["log_z_spread"] = mean(drawn.tail.spread, valid)
     if independent < 2:
-        return {"known_share": share}
+        return measured
     there = there[:, :independent]
     fresh = beta * jnp.einsum("bd,bmd->bm", queries, chosen.fresh[:, 1 : 1 + independent])
     corrected = drawn.log_prob[:, :independent] + drawn.log_z[:, None]
@@ -320,10 +327,8 @@ def draw_metrics(
     gap = jnp.where(there, fresh - corrected, 0.0)
     center = gap.sum(axis=1) / jnp.maximum(count, 1)
     square = jnp.where(there, jnp.square(gap - center[:, None]), 0.0).sum(axis=1)
-    return {
-        "kl_estimate": mean(0.5 * square / jnp.maximum(count - 1, 1), count > 1),
-        "known_share": share,
-    }
+    measured["kl_estimate"] = mean(0.5 * square / jnp.maximum(count - 1, 1), count > 1)
+    return measured
 
 
 def update_corrector(
