@@ -176,7 +176,7 @@ def test_the_others_end_when_one_is_killed_and_a_checkpoint_is_left(folder):
 @pytest.mark.slow
 def test_the_others_end_when_one_hangs(folder):
     workdir = folder / "hanging"
-    flags = ("--config.train.steps=500", "--config.mesh.timeout=20")
+    flags = ("--config.train.steps=500", "--config.mesh.timeout=45")
     job = start(folder, workdir, 2, *flags)
     wait_for_step(workdir, 2, job)
     job[1].send_signal(signal.SIGSTOP)
@@ -187,7 +187,7 @@ def test_the_others_end_when_one_hangs(folder):
     job[1].communicate()
     assert code == distributed.LOST, said
     assert "config.mesh.timeout" in said
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 90
 
 
 def test_what_one_process_alone_has_to_mend_ends_all(folder):
