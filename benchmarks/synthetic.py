@@ -243,6 +243,7 @@ def draw(result: dict[str, Any], c: ConfigDict) -> None:
     for row in result["cells"]:
         axes[2].loglog(row["corrected/delta"] ** 2 / 2, row["corrected/kl"], ".", color="#0072b2")
         axes[2].loglog(row["stale/delta"] ** 2 / 2, row["stale/kl"], ".", color="#d55e00")
+    axes[0].set_ylim(bottom=1e-4)  # a wide one learns few pairs by heart, to the last bit
     ends = np.array(axes[2].get_xlim())
     axes[2].loglog(ends, ends, color="#1d2126", lw=1)
     axes[2].set(xlabel="δ² / 2", title="KL and its bound (blue: corrected, orange: stale)")
