@@ -328,7 +328,7 @@ class Checkpoints:
             self._require_space(cache)
             saved = snapshot.save(self._caches / str(step), cache, step=step, made_by=made_by)
             # A refresh at every step must not fill the disk before the next checkpoint.
-            self._drop_unused_snapshots(set(self._snapshots.values()))
+            self._drop_unused_snapshots({step, *self._snapshots.values()})
             return saved
 
     def cache_folder(self, reference: dict[str, Any]) -> AnyPath:

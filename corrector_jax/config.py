@@ -539,7 +539,8 @@ def _validate_strategy(config: ConfigDict) -> None:
             )
         )
     policy, steps = refresh_policy_of(config), config.train.steps
-    if refresh != "never" and policy.shortest(steps) >= steps:
+    # An interval longer than the run is a long run cut short to try it; these are mistakes.
+    if refresh in ("schedule", "adaptive") and policy.shortest(steps) >= steps:
         raise UserError(
             f"strategy {config.strategy!r} refreshes the cache by {refresh!r} but not once in "
             f"{steps} steps: refresh earlier"
