@@ -35,6 +35,17 @@ os._exit(0)  # its thread would keep it alive
 """
 
 
+COPY = """
+import sys
+from pathlib import Path
+from corrector_jax import paths
+source = Path(sys.argv[1])
+for file in source.rglob("*.*"):
+    content = file.read_bytes()
+    paths.write(paths.make(f"{sys.argv[2]}/{file.relative_to(source).as_posix()}"), content)
+"""
+
+
 @pytest.fixture
 def store():
     """The environment in which gs://bucket is the emulator's."""
@@ -79,8 +90,15 @@ def test_a_run_on_an_object_store_is_the_run_on_a_disk(tmp_path, store):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
     assert f"report: {workdir}/report.html" in done.stdout
+    # On a disk, but the data is read from the store: the same data, and so the same run.
+    copied = subprocess.run(
+        [sys.executable, "-c", COPY, str(tmp_path / "data"), "gs://bucket/data"],
+        cwd=ROOT, env=os.environ | store, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert copied.returncode == 0, copied.stderr
     local = command(
-        {}, f"--config={config}", f"--workdir={tmp_path / 'run'}", *constant, keys[0],
+        store, f"--config={config}", f"--workdir={tmp_path / 'run'}", *constant, keys[0],
+        "--config.data.path=gs://bucket/data", f"--config.data.cache_dir={tmp_path / 'other'}",
     )  # fmt: skip
     assert local.returncode == 0, local.stderr
     script = (

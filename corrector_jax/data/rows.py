@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import io
 import json
 import re
 import zlib
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any, NamedTuple, Protocol, TypeVar
 
 from corrector_jax.data.dataset import SPLITS, Refused
-from corrector_jax.paths import AnyPath
+from corrector_jax.paths import AnyPath, is_local
 from corrector_jax.types import UserError
 from corrector_jax.writer import say
 
@@ -511,12 +512,12 @@ def _opened(path: AnyPath) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
         if path.name.endswith(".gz"):
             file = stack.enter_context(gzip.open(raw))
         elif path.name.endswith(".zst"):
-            import io
-
             import pyarrow
 
             stream = pyarrow.CompressedInputStream(raw, "zstd")
             file = stack.enter_context(io.BufferedReader(stream, 2**20))
+        elif not is_local(path):  # an object's own readline takes no limit
+            file = stack.enter_context(io.BufferedReader(raw, 2**20))  # type: ignore[type-var]
         yield file, raw
 
 
