@@ -208,7 +208,6 @@ REWRITING = {
 @pytest.mark.parametrize(
     "strategy",
     [
-        "rolling",
         "corrected",
         *(pytest.param(s, marks=pytest.mark.slow) for s in ("streaming", "nystrom")),
     ],

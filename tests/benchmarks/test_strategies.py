@@ -36,6 +36,7 @@ def kill_after(checkpoint: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_goes_on(tmp_path, monkeypatch, capsys):
     workdir = tmp_path / "runs" / "tiny" / "corrected-3"
     started = []
