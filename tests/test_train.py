@@ -209,7 +209,7 @@ REWRITING = {
     "strategy",
     [
         "corrected",
-        *(pytest.param(s, marks=pytest.mark.slow) for s in ("streaming", "nystrom")),
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ("rolling", "streaming", "nystrom")),
     ],
 )
 def test_what_a_strategy_changes_on_the_way_is_resumed(folder, monkeypatch, strategy):
