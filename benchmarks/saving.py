@@ -27,7 +27,7 @@ from corrector_jax.checkpoint import Checkpoints, Position
 from corrector_jax.sharding import make_placement
 
 PARAMETERS = 22_713_216  # of all-MiniLM-L6-v2
-STEPS, PAIRS = 10, 2
+STEPS, PAIRS = 10, 6
 ROWS, DIM = 1_000_000, 384
 WORK = 1024  # width of the matrices that make a step long
 
