@@ -19,13 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import jax
 import numpy as np
 
 from corrector_jax import cache as caches
 from corrector_jax import paths
 from corrector_jax.cache import TargetCache
 from corrector_jax.paths import AnyPath
+from corrector_jax.sharding import own_rows
 from corrector_jax.snapshot import DamagedError
 
 FORMAT = 1
@@ -234,8 +234,8 @@ def rows_here(cache: TargetCache) -> tuple[np.ndarray, np.ndarray]:
       Ids [n] int32, rising, and their rows [n, D] float32 on the host, copied.
     """
     ids, parts = [], []
-    scales = {} if cache.scale is None else _shards(cache.scale)
-    for first, shard in sorted(_shards(cache.embeddings).items()):
+    scales = {} if cache.scale is None else own_rows(cache.scale)
+    for first, shard in sorted(own_rows(cache.embeddings).items()):
         count = min(shard.shape[0], cache.size - first)
         for at in range(0, count, _AT_ONCE):
             stop = min(at + _AT_ONCE, count)
@@ -244,12 +244,6 @@ def rows_here(cache: TargetCache) -> tuple[np.ndarray, np.ndarray]:
             parts.append(np.array(caches.read(shard[at:stop], scale)))
             ids.append(np.arange(first + at, first + stop, dtype=np.int32))
     return np.concatenate(ids), np.concatenate(parts)
-
-
-def _shards(array: jax.Array) -> dict[int, jax.Array]:
-    """First row -> the rows a device of this process holds."""
-    shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
-    return {shard.index[0].start or 0: shard.data for shard in shards}
 
 
 def _scann() -> Any:

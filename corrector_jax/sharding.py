@@ -303,6 +303,19 @@ def local_start(rows: int) -> jax.Array:
     return jax.lax.axis_index(AXES) * rows
 
 
+def own_rows(array: jax.Array) -> dict[int, jax.Array]:
+    """What this process holds of an array [rows, ...] split by row, copies left out.
+
+    Args:
+      array: split over the mesh.
+
+    Returns:
+      First row -> the rows of one device, [n, ...].
+    """
+    shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+    return {shard.index[0].start or 0: shard.data for shard in shards}
+
+
 def _matches(rule: str, name: str) -> bool:
     return re.search(rf"(?:^|/)(?:{rule})$", name) is not None
 

@@ -25,6 +25,7 @@ from corrector_jax import cache as caches
 from corrector_jax import distributed, paths
 from corrector_jax.cache import TargetCache
 from corrector_jax.paths import AnyPath
+from corrector_jax.sharding import own_rows
 from corrector_jax.types import UserError
 
 FORMAT = 1
@@ -249,7 +250,7 @@ def _pieces(cache: TargetCache) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         "scale": cache.scale,
         "written_at": cache.written_at,
     }
-    held = {name: _shards(array) for name, array in arrays.items() if array is not None}
+    held = {name: own_rows(array) for name, array in arrays.items() if array is not None}
     row_bytes = cache.embeddings.dtype.itemsize * cache.embeddings.shape[1] + 8
     most = max(1, FILE_BYTES // row_bytes)
     for start in sorted(held["embeddings"]):
@@ -259,12 +260,6 @@ def _pieces(cache: TargetCache) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
             # A copy: a live view would make the next donation of the cache copy it, silently.
             rows = {name: np.array(shards[start][at:stop]) for name, shards in held.items()}
             yield start + at, rows
-
-
-def _shards(array: jax.Array) -> dict[int, jax.Array]:
-    """First row -> the rows a device of this process holds, copies on other devices left out."""
-    shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
-    return {shard.index[0].start or 0: shard.data for shard in shards}
 
 
 def _of_all_processes(folder: AnyPath, files: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -467,6 +467,11 @@ def save_cache(run: Run, state: TrainState, cache: TargetCache) -> dict[str, Any
 def is_probe_due(run: Run) -> bool:
     """Whether the probe is due; right after a snapshot there is nothing to measure."""
     every = run.job.config.corrector.probe_every if run.job.uses_cache else 0
+    return is_time(run, every)
+
+
+def is_time(run: Run, every: int) -> bool:
+    """Whether it is a multiple of so many steps since the cache was embedded; 0 = never."""
     # Counted from the snapshot: a refresh that falls on a probe must not leave the gate closed.
     age = run.position.step - run.position.embedded_at
     return bool(every and age > 0 and age % every == 0)
@@ -474,8 +479,7 @@ def is_probe_due(run: Run) -> bool:
 
 def is_fit_due(run: Run) -> bool:
     """Whether a kernel corrector's landmarks are encoded anew."""
-    age = run.position.step - run.position.embedded_at
-    return bool(age > 0 and age % run.job.config.corrector.fit_every == 0)
+    return is_time(run, run.job.config.corrector.fit_every)
 
 
 def fit(

@@ -31,8 +31,24 @@ class Folded(NamedTuple):
     offset: Array
 
 
+class PerRow:
+    """A corrector of which nothing folds: every row is put through it while it is swept."""
+
+    def apply(self, params: PyTree, rows: Array, gate: Array | float) -> Array:
+        """h(c), or exactly c where the gate is 0: [..., D] float32 -> [..., D]."""
+        raise NotImplementedError
+
+    def fold(self, params: PyTree, queries: Array, beta: float, gate: Array | float) -> Folded:
+        """[B, D] float32 -> beta q, no offset."""
+        return Folded(beta * queries, jnp.zeros(queries.shape[0], jnp.float32))
+
+    def lift(self, params: PyTree, rows: Array, gate: Array | float) -> Array:
+        """[..., D] float32 -> h(rows) [..., D]."""
+        return self.apply(params, rows, gate)
+
+
 @dataclasses.dataclass(frozen=True)
-class Identity:
+class Identity(PerRow):
     """h(c) = c: the stale cache as it is. It has no parameters and nothing to learn.
 
     Example:
@@ -52,14 +68,6 @@ class Identity:
         return {}
 
     def apply(self, params: PyTree, rows: Array, gate: Array | float) -> Array:
-        """[..., D] float32 -> the same [..., D]."""
-        return rows
-
-    def fold(self, params: PyTree, queries: Array, beta: float, gate: Array | float) -> Folded:
-        """[B, D] float32 -> beta q, no offset."""
-        return Folded(beta * queries, jnp.zeros(queries.shape[0], jnp.float32))
-
-    def lift(self, params: PyTree, rows: Array, gate: Array | float) -> Array:
         """[..., D] float32 -> the same [..., D]."""
         return rows
 
@@ -110,7 +118,7 @@ class Linear:
 
 
 @dataclasses.dataclass(frozen=True)
-class Mlp:
+class Mlp(PerRow):
     """h(c) = c + W2 gelu(W1 c + b1) + b2, normalised iff the encoder normalises.
 
     Attributes:
@@ -157,23 +165,11 @@ class Mlp:
         inner, outer = params["inner"], params["outer"]
         hidden = jax.nn.gelu(rows @ inner["kernel"] + _like(inner["bias"], rows))
         corrected = rows + hidden @ outer["kernel"] + _like(outer["bias"], rows)
-        if self.normalize:
-            corrected = _unit(corrected)
-        # Interpolated, not applied to scaled parameters: normalising a row that was rounded for
-        # storage moves it, and a closed gate must be exactly the identity.
-        return rows + gate * (corrected - rows)
-
-    def fold(self, params: PyTree, queries: Array, beta: float, gate: Array | float) -> Folded:
-        """[B, D] float32 -> beta q, no offset: nothing of a two-layer network folds."""
-        return Folded(beta * queries, jnp.zeros(queries.shape[0], jnp.float32))
-
-    def lift(self, params: PyTree, rows: Array, gate: Array | float) -> Array:
-        """[..., D] float32 -> h(rows) [..., D]."""
-        return self.apply(params, rows, gate)
+        return _opened(rows, corrected, gate, normalize=self.normalize)
 
 
 @dataclasses.dataclass(frozen=True)
-class Nystrom:
+class Nystrom(PerRow):
     """Drift interpolated between landmarks by kernel ridge regression (after Monath et al. 2023).
 
     h(c) = c + k(c, C_m) (K_mm + lambda I)^-1 (G_m - C_m), k the rbf kernel with the median distance
@@ -239,17 +235,7 @@ class Nystrom:
         square = _square_distances(flat, params["landmarks"])
         kernel = jnp.exp(-0.5 * square / jnp.square(params["width"]))
         corrected = rows + (kernel @ params["weights"]).reshape(rows.shape)
-        if self.normalize:
-            corrected = _unit(corrected)
-        return rows + gate * (corrected - rows)
-
-    def fold(self, params: PyTree, queries: Array, beta: float, gate: Array | float) -> Folded:
-        """[B, D] float32 -> beta q, no offset: a kernel does not fold."""
-        return Folded(beta * queries, jnp.zeros(queries.shape[0], jnp.float32))
-
-    def lift(self, params: PyTree, rows: Array, gate: Array | float) -> Array:
-        """[..., D] float32 -> h(rows) [..., D]."""
-        return self.apply(params, rows, gate)
+        return _opened(rows, corrected, gate, normalize=self.normalize)
 
 
 Corrector = Identity | Linear | Mlp | Nystrom
@@ -271,6 +257,15 @@ def make(
         "nystrom": Nystrom(landmarks, ridge, normalize),
     }
     return kinds[kind]
+
+
+def _opened(rows: Array, corrected: Array, gate: Array | float, *, normalize: bool) -> Array:
+    """[..., D] stale and corrected rows -> the corrected ones as far as the gate is open."""
+    if normalize:
+        corrected = _unit(corrected)
+    # Interpolated, not applied to scaled parameters: normalising a row that was rounded for storage
+    # moves it, and a closed gate must be exactly the identity.
+    return rows + gate * (corrected - rows)
 
 
 def _unit(rows: Array) -> Array:
