@@ -24,7 +24,7 @@ from corrector_jax.cache import TargetCache, TargetTokens
 from corrector_jax.chips import Chip
 from corrector_jax.data.published import CORPORA, QUERIES
 from corrector_jax.embed import jit_embed
-from corrector_jax.evaluate import jit_gap, jit_search
+from corrector_jax.evaluate import jit_gap, jit_search, jit_softmax
 from corrector_jax.job import load_encoder
 from corrector_jax.models import pretrained
 from corrector_jax.models.dual_encoder import Encoder, Projection
@@ -32,7 +32,7 @@ from corrector_jax.models.sizes import SIZES
 from corrector_jax.paths import AnyPath
 from corrector_jax.program import Program, make_program, placement
 from corrector_jax.state import TrainState
-from corrector_jax.steps.eval_step import Best, Gap
+from corrector_jax.steps.eval_step import Best, Gap, Softmax
 from corrector_jax.types import Array, Batch, PyTree, UserError
 from corrector_jax.writer import say
 
@@ -258,6 +258,8 @@ def lower_steps(
     ids = array((block,), jnp.int32)
     fresh, asked = array((block, dim), jnp.float32), array((queries, dim), jnp.float32, place.rows)
     best = _placed(jax.eval_shape(functools.partial(Best.empty, queries, config.eval.top_k)), asked)
+    judged = array((queries, plan.known), jnp.int32, place.rows)
+    seen = _placed(jax.eval_shape(functools.partial(Softmax.empty, *judged.shape)), asked)
     steps: list[tuple[str, Callable[[], Any], int]] = [
         (
             "embed",
@@ -270,6 +272,11 @@ def lower_steps(
             "search",
             lambda: jit_search(place).lower(best, asked, fresh, ids),
             held_bytes((best, asked, fresh, ids)),
+        ),
+        (
+            "loss",
+            lambda: jit_softmax(config.model.beta, place).lower(seen, asked, judged, fresh, ids),
+            held_bytes((seen, asked, judged, fresh, ids)),
         ),
         (
             "train",

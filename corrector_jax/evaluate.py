@@ -24,7 +24,14 @@ from corrector_jax.paths import AnyPath
 from corrector_jax.ranking import Measured, Ranking, bm25, measure, write_trec
 from corrector_jax.sharding import Placement
 from corrector_jax.state import TrainState
-from corrector_jax.steps.eval_step import Best, Gap, gap_step, search_step
+from corrector_jax.steps.eval_step import (
+    Best,
+    Gap,
+    Softmax,
+    gap_step,
+    search_step,
+    softmax_step,
+)
 from corrector_jax.steps.train_step import Method
 from corrector_jax.types import Array, PyTree, UserError
 from corrector_jax.writer import progress, say
@@ -94,6 +101,38 @@ class IndexSearch:
         pairs = zip(found.rows, exact.rows, strict=True)
         hits = [np.isin(one[one >= 0], other).mean() for other, one in pairs]
         return {"kind": "scann", **self._made._asdict(), "recall_of_exact": float(np.mean(hits))}
+
+
+class LossMeter:
+    """The loss over all targets of every query, over every block that is added."""
+
+    def __init__(
+        self, queries: Array, count: int, *, known: np.ndarray, beta: float, place: Placement
+    ) -> None:
+        """Starts with nothing seen.
+
+        Args:
+          queries: [Q', D] float32 split by row, fresh.
+          count: Q, how many of them are real.
+          known: [Q, K] int32, their known positives, -1 pads.
+          beta: inverse temperature.
+          place: the mesh.
+        """
+        self._queries, self._count = queries, count
+        self._place, self._step = place, jit_softmax(beta, place)
+        padded = np.full((len(queries), known.shape[1]), -1, np.int32)
+        padded[:count] = known
+        self._known = place.put_rows(padded)
+        self._seen = place.put_rows(jax.device_get(Softmax.empty(*padded.shape)))
+
+    def add(self, ids: Array, fresh: Array) -> None:
+        """Adds one block: ids [b] int32 (-1 = empty place), embeddings [b, D] float32."""
+        self._seen = self._step(self._seen, self._queries, self._known, fresh, ids)
+
+    def losses(self) -> np.ndarray:
+        """[Q] float64, nats."""
+        seen: Softmax = self._place.fetch(self._seen)
+        return np.asarray(seen.loss()[: self._count], np.float64)
 
 
 class GapMeter:
@@ -205,6 +244,7 @@ def evaluate(
     ids = _targets_to_rank(job, splits, corpus)
     searches: dict[str, Search] = {}
     indexed: dict[str, IndexSearch] = {}
+    exact_losses: dict[str, LossMeter] = {}
     gaps: dict[str, GapMeter] = {}
     for split in splits:
         tokens = job.query_tokens[split]
@@ -215,11 +255,20 @@ def evaluate(
             indexed[split] = IndexSearch(
                 queries, len(tokens), k=k, size=job.size, place=job.place, **job.config.index
             )
+        if corpus == "full":
+            exact_losses[split] = LossMeter(
+                queries,
+                len(tokens),
+                known=job.data.known_positives(split),
+                beta=job.method.beta,
+                place=job.place,
+            )
         if cache is not None and psi is not None and corpus == "full":
             gaps[split] = GapMeter(
                 queries, len(tokens), cache=cache, psi=psi, method=job.method, place=job.place
             )
-    consumers: list[Consumer] = [*searches.values(), *indexed.values(), *gaps.values(), *also]
+    consumers: list[Consumer] = [*searches.values(), *indexed.values()]
+    consumers += [*exact_losses.values(), *gaps.values(), *also]
     encoded = 0
     if corpus == "corrected":
         if cache is None or psi is None:
@@ -245,6 +294,8 @@ def evaluate(
     records = {}
     for split in splits:
         measured = measure(job.data.splits[split], rankings[split], job.data.target_ids)
+        if split in exact_losses:
+            measured = measured.joined("exact_loss", exact_losses[split].losses())
         records[split] = _record(
             step=step,
             split=split,
@@ -476,6 +527,13 @@ def _record(
 def jit_search(place: Placement) -> Wrapped:
     """`search_step`, jitted: what was found is donated, and split like the queries."""
     return place.jit_step(search_step, place.rows, donate=(0,))
+
+
+@functools.cache
+def jit_softmax(beta: float, place: Placement) -> Wrapped:
+    """`softmax_step`, jitted: what was seen is donated, and split like the queries."""
+    step = functools.partial(softmax_step, beta=beta)
+    return place.jit_step(step, place.rows, donate=(0,))
 
 
 @functools.lru_cache(maxsize=4)

@@ -185,7 +185,7 @@ def _metrics(job: Job, workdir: AnyPath) -> list[str]:
             records[name] = json.loads(path.read_text())["metrics"]
     if not records:
         return ["Not evaluated yet."]
-    names = list(next(iter(records.values())))
+    names = dict.fromkeys(name for record in records.values() for name in record)
     shown = {"bm25": "BM25", "pretrained": "all layers, untouched"}
     return [
         f"On the split {job.final_split}, all {job.size:,} targets ranked:",
@@ -193,9 +193,9 @@ def _metrics(job: Job, workdir: AnyPath) -> list[str]:
         f"| | {' | '.join(names)} |",
         "|---" * (len(names) + 1) + "|",
         *(
-            f"| {shown.get(name, f'{name} training')} | "
-            + " | ".join(f"{record[metric]:.4f}" for metric in names)
+            f"| {shown.get(when, f'{when} training')} | "
+            + " | ".join(f"{record[name]:.4f}" if name in record else "" for name in names)
             + " |"
-            for name, record in records.items()
+            for when, record in records.items()
         ),
     ]

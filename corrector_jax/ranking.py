@@ -73,7 +73,7 @@ class Entry(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Retrieval measures under the names of `METRICS`, each between 0 and 1.
+    """Measures of some queries by name; those of `METRICS` are between 0 and 1.
 
     Attributes:
       metrics: means over the queries.
@@ -82,6 +82,11 @@ class Measured(NamedTuple):
 
     metrics: dict[str, float]
     per_query: dict[str, np.ndarray]
+
+    def joined(self, name: str, values: np.ndarray) -> Measured:
+        """These and one more, [Q] float64."""
+        mean = {name: float(values.mean())}
+        return Measured(self.metrics | mean, self.per_query | {name: values})
 
 
 class Interval(NamedTuple):

@@ -1,4 +1,4 @@
-"""Exact search and exact divergences over targets that arrive in blocks."""
+"""Exact search, the exact loss and exact divergences over targets that arrive in blocks."""
 
 from __future__ import annotations
 
@@ -54,6 +54,65 @@ def search_step(best: Best, queries: Array, rows: Array, ids: Array) -> Best:
     named = jnp.concatenate([best.ids, jnp.broadcast_to(ids[None, :], scores.shape)], axis=1)
     top, where = jax.lax.top_k(everything, best.scores.shape[1])
     return Best(top, jnp.take_along_axis(named, where, axis=1))
+
+
+class Softmax(NamedTuple):
+    """What the loss over all targets is made of (docs/method.md, 1).
+
+    Attributes:
+      log_z: [Q] float32, log Z^- of fresh logits: over what was seen, the known positives left out;
+        -inf where nothing was.
+      positive: [Q, K] float32, fresh logits of the known positives; -inf where not seen, and for
+        padding.
+    """
+
+    log_z: Array
+    positive: Array
+
+    @classmethod
+    def empty(cls, queries: int, known: int) -> Softmax:
+        """Nothing seen yet, for Q queries with up to K known positives."""
+        return cls(
+            jnp.full((queries,), -jnp.inf, jnp.float32),
+            jnp.full((queries, known), -jnp.inf, jnp.float32),
+        )
+
+    def loss(self) -> Array:
+        """[Q] float32, nats: the exact loss of each known positive, their mean.
+
+        Once every target was added it is `losses.dense`; 0 for a query without a known positive.
+        """
+        seen = self.positive > -jnp.inf
+        safe = jnp.where(seen, self.positive, 0.0)
+        each = jnp.where(seen, jnp.logaddexp(safe, self.log_z[:, None]) - safe, 0.0)
+        return each.sum(axis=1) / jnp.maximum(seen.sum(axis=1), 1)
+
+
+def softmax_step(
+    seen: Softmax, queries: Array, known: Array, rows: Array, ids: Array, *, beta: float
+) -> Softmax:
+    """Adds one block of targets to the loss over all of them.
+
+    Args:
+      seen: what was seen so far; donate it.
+      queries: [Q, D] float32, fresh.
+      known: [Q, K] int32, K_i; -1 pads.
+      rows: [b, D] float32, fresh embeddings.
+      ids: [b] int32; -1 for a place that is empty.
+      beta: inverse temperature.
+
+    Returns:
+      What was seen with this block.
+    """
+    scores = beta * jnp.matmul(queries, rows.T, precision=jax.lax.Precision.HIGHEST)
+    there = ids >= 0
+    is_it = (known[:, :, None] == ids[None, None, :]) & there[None, None, :]
+    found = jnp.max(jnp.where(is_it, scores[:, None, :], -jnp.inf), axis=2)
+    others = jnp.where(there[None, :] & ~is_it.any(axis=1), scores, -jnp.inf)
+    return Softmax(
+        jnp.logaddexp(seen.log_z, jax.nn.logsumexp(others, axis=1)),
+        jnp.maximum(seen.positive, found),
+    )
 
 
 class Gap(NamedTuple):

@@ -8,11 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from corrector_jax import losses
 from corrector_jax.metrics import means
 from corrector_jax.models.corrector import Mlp
 from corrector_jax.negatives import Gated
 from corrector_jax.sharding import make_placement
-from corrector_jax.steps.eval_step import Best, Gap, gap_step, search_step
+from corrector_jax.steps.eval_step import (
+    Best,
+    Gap,
+    Softmax,
+    gap_step,
+    search_step,
+    softmax_step,
+)
 from tests import oracle
 
 SIZE, DIM, QUERIES, BLOCK = 71, 8, 5, 16
@@ -69,6 +77,35 @@ def test_scores_below_zero_are_results_too():
     best = search(Best.empty(1, 4), np.ones((1, DIM), np.float32), rows, ids)
     assert set(best.ids[0, :3].tolist()) == {0, 1, 2}
     assert best.ids[0, 3] == -1
+
+
+def test_the_loss_is_exact_over_all_targets_in_any_order():
+    _, fresh, queries = world()
+    known = np.array([[3, -1, -1], [70, 0, 9], [5, 5, -1], [8, 1, -1], [-1, -1, -1]], np.int32)
+    beta = 12.0
+    step = oracle.jit(functools.partial(softmax_step, beta=beta))
+    rng = np.random.default_rng(2)
+    seen = Softmax.empty(QUERIES, known.shape[1])
+    assert not np.asarray(seen.loss()).any()
+    for ids in blocks(rng.permutation(SIZE), rng):
+        rows = np.where(ids[:, None] >= 0, fresh[ids.clip(0)], np.float32(9))
+        seen = step(seen, queries, known, rows, ids)
+    scores = beta * oracle.f64(queries) @ oracle.f64(fresh).T
+    mask = oracle.is_known(known, SIZE)
+    wanted = []
+    for query, rows in enumerate(known):
+        others = np.exp(scores[query][~mask[query]]).sum()
+        positive = scores[query][rows[rows >= 0]]
+        each = np.log(np.exp(positive) + others) - positive
+        wanted.append(each.mean() if len(each) else 0.0)
+    np.testing.assert_allclose(seen.loss(), wanted, rtol=1e-5)
+    # The reference of every estimator says the same.
+    dense = losses.dense(
+        jnp.asarray(scores[:1, 3], jnp.float32),
+        jnp.asarray(scores[:1], jnp.float32),
+        jnp.asarray(mask[:1]),
+    )
+    np.testing.assert_allclose(seen.loss()[:1], dense, rtol=1e-5)
 
 
 @MESHES
