@@ -27,12 +27,15 @@ class TargetCache:
       scale: [rows] float32 to multiply a row by where it is int8, else None.
       written_at: [rows] int32, the step whose parameters made the row; -1 = never written.
       size: N, the number of targets; rows from N on are padding.
+      lengths: [rows] float32, what a row's corrected logits are divided by, as last measured
+        (`sweep.measure_lengths`); None where the corrector has none.
     """
 
     embeddings: Array
     scale: Array | None
     written_at: Array
     size: int = struct.field(pytree_node=False)
+    lengths: Array | None = None
 
 
 @struct.dataclass
@@ -50,7 +53,15 @@ class TargetTokens:
     fingerprint: str = struct.field(pytree_node=False)
 
 
-def create(size: int, dim: int, *, dtype: str, block_rows: int, place: Placement) -> TargetCache:
+def create(
+    size: int,
+    dim: int,
+    *,
+    dtype: str,
+    block_rows: int,
+    place: Placement,
+    lengths: bool = False,
+) -> TargetCache:
     """An empty cache of N x D zeros, created already split over the mesh.
 
     Args:
@@ -59,6 +70,7 @@ def create(size: int, dim: int, *, dtype: str, block_rows: int, place: Placement
       dtype: "float32", "bfloat16" or "int8", how rows are stored.
       block_rows: R, rows of a sampling block; a device holds whole blocks.
       place: the mesh.
+      lengths: whether the corrector has lengths; they are 1 to begin with.
 
     Returns:
       The cache; no row is written yet.
@@ -71,6 +83,7 @@ def create(size: int, dim: int, *, dtype: str, block_rows: int, place: Placement
             scale=jnp.ones((rows,), jnp.float32) if dtype == "int8" else None,
             written_at=jnp.full((rows,), -1, jnp.int32),
             size=size,
+            lengths=jnp.ones((rows,), jnp.float32) if lengths else None,
         )
 
     return jax.jit(zeros, out_shardings=place.rows)()
@@ -156,6 +169,32 @@ def read_at(cache: TargetCache, rows: Array) -> Array:
     """Rows of a device's own share by local number: [...] int32 -> [..., D] float32."""
     scale = None if cache.scale is None else cache.scale[rows]
     return read(cache.embeddings[rows], scale)
+
+
+def divided(logits: Array, lengths: Array | None) -> Array:
+    """Corrected logits [...], divided by the lengths [...] of their rows where there are some."""
+    return logits if lengths is None else logits / jax.lax.stop_gradient(lengths)
+
+
+def take_lengths(cache: TargetCache, ids: Array, place: Placement) -> Array | None:
+    """The lengths of rows by global id, as last measured.
+
+    Args:
+      cache: the cache, split by row.
+      ids: [n] int32 rows in range.
+      place: the mesh.
+
+    Returns:
+      [n] float32 on every device; None where the cache has none.
+    """
+    if cache.lengths is None:
+        return None
+
+    def local(lengths: Array, ids: Array) -> Array:
+        here, inside = _local(ids, lengths.shape[0])
+        return jax.lax.psum(jnp.where(inside, lengths[here], 0.0), place.mesh.axis_names)
+
+    return place.per_device(local, (ROWS, EVERYWHERE), EVERYWHERE)(cache.lengths, ids)
 
 
 def take(cache: TargetCache, ids: Array, place: Placement) -> Array:

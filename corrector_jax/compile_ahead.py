@@ -239,6 +239,9 @@ def lower_steps(
             scale=array((rows,), jnp.float32, place.rows) if int8 else None,
             written_at=array((rows,), jnp.int32, place.rows),
             size=program.size,
+            lengths=array((rows,), jnp.float32, place.rows)
+            if program.method.corrector.has_lengths
+            else None,
         )
     count, num_mined = config.train.batch_size, program.num_mined
     batch = Batch(
@@ -308,6 +311,8 @@ def lower_steps(
                 held_bytes((gap, asked, fresh, ids)),
             ),
         ]
+        if program.method.corrector.has_lengths:
+            steps.append(("lengths", lambda: program.lengths_step().lower(state, cache), 0))
         if program.method.corrector.landmarks:
             steps.append(("fit", lambda: program.fit_step().lower(state, cache, tokens, key), 0))
     return held_bytes((state, cache, tokens)), steps

@@ -118,6 +118,7 @@ def default() -> ConfigDict:
     c.corrector.updates = 1  # per step; the others are on the last steps' pairs
     c.corrector.loss = "mse"  # mse | kl | both
     c.corrector.kl_weight = 0.0  # lambda of "both": MSE + lambda KL
+    c.corrector.lengths_every = 20  # linear, of unit vectors: steps between measuring its lengths
     c.corrector.uniform_rows = 0  # uniform targets encoded per step for the drift loss
     c.corrector.landmarks = 1024  # nystrom: uniform targets whose drift is interpolated
     c.corrector.fit_every = 100  # nystrom: steps between encoding them anew
@@ -437,6 +438,7 @@ _LEAST = {
     "cache.tile_rows": 0,
     "corrector.hidden": 0,
     "corrector.landmarks": 1,
+    "corrector.lengths_every": 1,
     "corrector.fit_every": 1,
     "corrector.warmup": 0,
     "corrector.updates": 1,

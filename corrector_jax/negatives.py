@@ -33,6 +33,18 @@ class Gated(NamedTuple):
     gate: Array
 
 
+class Stale(NamedTuple):
+    """What the cache has of P candidates.
+
+    Attributes:
+      rows: [P, D] float32.
+      lengths: [P] float32, by which corrected logits are divided; None where there are none.
+    """
+
+    rows: Array
+    lengths: Array | None
+
+
 class Proposal(Protocol):
     """What a strategy plugs into the step."""
 
@@ -57,10 +69,10 @@ class Proposal(Protocol):
         """Draws m negatives for each of the queries [B, D], none of them in batch.known [B, K]."""
         ...
 
-    def log_prob(self, queries: Array, psi: Gated, stale: Array | None, drawn: Draws) -> Array:
+    def log_prob(self, queries: Array, psi: Gated, stale: Stale | None, drawn: Draws) -> Array:
         """log p_iy of P candidates of which none is known: [B, P], or [B, 1] where all are alike.
 
-        `stale` holds the candidates' cached rows [P, D] float32.
+        `stale` holds what the cache has of the candidates.
         """
         ...
 
@@ -79,7 +91,7 @@ class InBatch:
         """Draws of width 0 for queries [B, D]; only B is read."""
         return _without_probability(jnp.zeros((len(queries), 0), jnp.int32))
 
-    def log_prob(self, queries: Array, psi: Gated, stale: Array | None, drawn: Draws) -> Array:
+    def log_prob(self, queries: Array, psi: Gated, stale: Stale | None, drawn: Draws) -> Array:
         """[B, 1] zeros: the batch is not a sample with a probability."""
         return jnp.zeros((queries.shape[0], 1), jnp.float32)
 
@@ -127,7 +139,7 @@ class Uniform:
             log_z=jnp.zeros((len(known),), jnp.float32),
         )
 
-    def log_prob(self, queries: Array, psi: Gated, stale: Array | None, drawn: Draws) -> Array:
+    def log_prob(self, queries: Array, psi: Gated, stale: Stale | None, drawn: Draws) -> Array:
         """[B, 1]: every candidate is equally likely; -inf for a query with nothing left."""
         return jnp.where(drawn.valid, drawn.log_prob, -jnp.inf)[:, :1]
 
@@ -167,7 +179,7 @@ class Mined:
         mined = jnp.asarray(batch.mined)
         return _without_probability(jnp.where(losses.is_known(mined, batch.known), -1, mined))
 
-    def log_prob(self, queries: Array, psi: Gated, stale: Array | None, drawn: Draws) -> Array:
+    def log_prob(self, queries: Array, psi: Gated, stale: Stale | None, drawn: Draws) -> Array:
         """[B, 1] zeros: mined negatives are not a sample with a probability."""
         return jnp.zeros((queries.shape[0], 1), jnp.float32)
 
@@ -212,7 +224,7 @@ class Joined:
         )
         return Draws(ids, log_prob, valid, one.log_z, tail=one.tail)
 
-    def log_prob(self, queries: Array, psi: Gated, stale: Array | None, drawn: Draws) -> Array:
+    def log_prob(self, queries: Array, psi: Gated, stale: Stale | None, drawn: Draws) -> Array:
         """[B, 1] zeros: the union is not a sample with a probability."""
         return jnp.zeros((queries.shape[0], 1), jnp.float32)
 
@@ -234,13 +246,17 @@ class Corrected:
     independent = 0
     reads_cache = True
 
-    def log_prob(self, queries: Array, psi: Gated, stale: Array | None, drawn: Draws) -> Array:
+    def log_prob(self, queries: Array, psi: Gated, stale: Stale | None, drawn: Draws) -> Array:
         """l_iy - log Z_i^- of every candidate for every query: [B, P]."""
         if stale is None:
             raise ValueError("weighting by the corrected softmax needs cached rows")
-        folded = self._fold(psi, queries)
-        logits = folded.queries @ self._lift(psi, stale).T + folded.offset[:, None]
+        logits = self._logits(self._fold(psi, queries), psi, stale)
         return jnp.where(drawn.valid[:, :1], logits - drawn.log_z[:, None], -jnp.inf)
+
+    def _logits(self, folded: Folded, psi: Gated, stale: Stale) -> Array:
+        """[B, P] float32, the very logits that a sweep would see."""
+        logits = folded.queries @ self._lift(psi, stale.rows).T + folded.offset[:, None]
+        return logits if stale.lengths is None else caches.divided(logits, stale.lengths[None, :])
 
     def _fold(self, psi: Gated, queries: Array) -> Folded:
         return self.corrector.fold(psi.params, queries, self.beta, psi.gate)
@@ -391,8 +407,10 @@ class Candidates(Corrected):
         head_logits = sweep.score_rows(
             folded, self._lift, psi, cache, head, tile_rows=self.tile_rows, place=self.place
         )
-        rows = self._lift(psi, caches.take(cache, tail, self.place))
-        tail_logits = folded.queries @ rows.T + folded.offset[:, None]
+        sampled = Stale(
+            caches.take(cache, tail, self.place), caches.take_lengths(cache, tail, self.place)
+        )
+        tail_logits = self._logits(folded, psi, sampled)
         there = jnp.concatenate(
             [
                 losses.first_occurrence(jnp.maximum(head, 0), head >= 0)

@@ -35,6 +35,7 @@ from corrector_jax.state import CorrectorState, TrainState, init_corrector, init
 from corrector_jax.steps.cache_policy import CachePolicy, Keep, Rolling, WriteBack
 from corrector_jax.steps.candidates_step import ask_cache, ask_index
 from corrector_jax.steps.fit_step import fit_step
+from corrector_jax.steps.lengths_step import lengths_step, measure
 from corrector_jax.steps.probe_step import probe_step
 from corrector_jax.steps.train_step import Method, train_step
 from corrector_jax.types import Array, PyTree, UserError
@@ -116,6 +117,7 @@ class Program:
             dtype=self.config.cache.dtype,
             block_rows=self.config.negatives.block_rows,
             place=self.place,
+            lengths=self.method.corrector.has_lengths,
         )
 
     @functools.cached_property
@@ -169,6 +171,21 @@ class Program:
             fit_step, model=self.model, corrector=self.method.corrector, place=self.place
         )
         return self.place.jit_step(step, self.state_sharding, donate=(0,))
+
+    def lengths_step(self) -> Wrapped:
+        """The step that measures lengths, jitted for the mesh; state and cache are donated."""
+        out = (self.state_sharding, self.place.rows)
+        return self.place.jit_step(self._measuring(lengths_step), out, donate=(0, 1))
+
+    def measure_lengths(self) -> Wrapped:
+        """`lengths_step.measure`, jitted for the mesh: (psi, cache) -> cache, which is donated."""
+        return self.place.jit_step(self._measuring(measure), self.place.rows, donate=(1,))
+
+    def _measuring(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        rows = _tile_rows(self.config, 1, self.method.corrector, self.model)
+        return functools.partial(
+            step, corrector=self.method.corrector, tile_rows=rows, place=self.place
+        )
 
     def ask_index(self) -> Wrapped:
         """`ask_index`, jitted for the mesh: (state, batch) -> [B, D] on every device."""

@@ -108,7 +108,7 @@ def load(
       remedy: ends the sentence of a refusal: what to write instead.
 
     Returns:
-      The cache.
+      The cache; its lengths are 1, as before any is measured.
 
     Raises:
       UserError: it is of another encoder or corpus: the message names the field.
@@ -143,7 +143,19 @@ def load(
         scale=whole("scale", like.scale),
         written_at=whole("written_at", like.written_at),
         size=like.size,
+        lengths=_ones(like.lengths),
     )
+
+
+def _ones(like: jax.Array | None) -> jax.Array | None:
+    if like is None:
+        return None
+
+    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+        (part,) = index or (slice(None),)
+        return np.ones(len(range(*part.indices(like.shape[0]))), np.float32)
+
+    return jax.make_array_from_callback(like.shape, like.sharding, shard)
 
 
 def read_manifest(folder: AnyPath, *, sha256: str = "") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
@@ -36,12 +37,15 @@ class CorrectorState:
       gate: scalar float32, 0 until h has beaten the identity on the probe, then 1.
       ring: pairs of the last steps, [ring, P, D], oldest first; None where one update per step
         makes no use of them.
+      measured: the corrector that the lengths beside the cache were last measured with: they are
+        not saved but measured again; None where it has none.
     """
 
     params: PyTree
     opt_state: PyTree
     gate: Array
     ring: Pairs | None
+    measured: Gated | None = None
 
     @property
     def gated(self) -> Gated:
@@ -89,11 +93,16 @@ def init_corrector(
       The state; the ring is empty (weight 0).
     """
     params = corrector.init(key, dim)
+    gate = jnp.zeros((), jnp.float32)
+    measured = None
+    if corrector.has_lengths:
+        # Copies: the state is donated, and no buffer may be given twice.
+        measured = jax.tree.map(jnp.copy, Gated(params, gate))
     pairs = None
     if ring:
         nothing = jnp.zeros((ring, rows, dim), jnp.float32)
         pairs = Pairs(nothing, jnp.copy(nothing), jnp.zeros((ring, rows), jnp.float32))
-    return CorrectorState(params, tx.init(params), jnp.zeros((), jnp.float32), pairs)
+    return CorrectorState(params, tx.init(params), gate, pairs, measured)
 
 
 def init_state(

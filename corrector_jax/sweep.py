@@ -7,6 +7,7 @@ of the pass scores at once: it bounds the temporaries ([B, tile] logits) and cha
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -284,8 +285,11 @@ def score_rows(
             at = turn * at_once + jnp.arange(at_once)
             pair = mine_first[jnp.minimum(at, pairs - 1)]
             query = pair // ids.shape[1]
-            rows = lift(params, caches.read_at(cache, jnp.clip(here[pair], 0, held - 1)))
+            own = jnp.clip(here[pair], 0, held - 1)
+            rows = lift(params, caches.read_at(cache, own))
             logits = jnp.sum(folded.queries[query] * rows, axis=1) + folded.offset[query]
+            if cache.lengths is not None:
+                logits = caches.divided(logits, cache.lengths[own])
             return done.at[jnp.where(at < count, pair, pairs)].set(logits, mode="drop")
 
         done = jax.lax.fori_loop(0, -(-count // at_once), some, _varying(jnp.zeros(pairs)))
@@ -294,6 +298,40 @@ def score_rows(
     scored = place.per_device(local, (EVERYWHERE, EVERYWHERE, ROWS, EVERYWHERE), EVERYWHERE)
     with jax.named_scope("sweep"):
         return scored(folded, params, cache, ids)
+
+
+def measure_lengths(
+    length: Lift, params: PyTree, cache: TargetCache, *, tile_rows: int, place: Placement
+) -> TargetCache:
+    """The cache with every row's length measured anew; donate it.
+
+    Args:
+      length: of a corrector: (parameters, [n, D] stale rows) -> [n].
+      params: the corrector's parameters (and gate), handed to `length`.
+      cache: the cache, split by row, with lengths.
+      tile_rows: rows measured at once on a device.
+      place: the mesh.
+
+    Returns:
+      The cache; nothing but its lengths has changed.
+    """
+
+    def local(params: PyTree, cache: TargetCache) -> TargetCache:
+        held = cache.embeddings.shape[0]
+        at_once = min(held, tile_rows)
+
+        def some(turn: Array, lengths: Array) -> Array:
+            # The last tile is moved back to end with the share.
+            start = jnp.minimum(turn * at_once, held - at_once)
+            found = length(params, caches.read_slice(cache, start, at_once))
+            return jax.lax.dynamic_update_slice_in_dim(lengths, found, start, axis=0)
+
+        assert cache.lengths is not None  # only a corrector that has lengths is measured
+        turns = -(-held // at_once)
+        return dataclasses.replace(cache, lengths=jax.lax.fori_loop(0, turns, some, cache.lengths))
+
+    with jax.named_scope("lengths"):
+        return place.per_device(local, (EVERYWHERE, ROWS), ROWS)(params, cache)
 
 
 class _Share:
@@ -333,6 +371,11 @@ class _Share:
         numbers = start + jnp.arange(per_tile)
         stale = caches.read_slice(self._cache, start * rows, per_tile * rows)
         logits = self._folded.queries @ self._lift(stale).T + self._folded.offset[:, None]
+        if self._cache.lengths is not None:
+            lengths = jax.lax.dynamic_slice_in_dim(
+                self._cache.lengths, start * rows, per_tile * rows
+            )
+            logits = caches.divided(logits, lengths[None, :])
         ids = self._first_row + start * rows + jnp.arange(per_tile * rows)
         out = (ids >= self._cache.size) | jnp.repeat(numbers < index * per_tile, rows)
         logits = jnp.where(out[None, :], -jnp.inf, logits)
@@ -347,6 +390,8 @@ class _Share:
         rows = self._lift(caches.read_at(self._cache, here))  # [n, R, D]
         logits = jnp.einsum("nd,nrd->nr", self._folded.queries[query], rows)
         logits += self._folded.offset[query][:, None]
+        if self._cache.lengths is not None:
+            logits = caches.divided(logits, self._cache.lengths[here])
         ids = self._first_row + here
         known = (ids[:, :, None] == self._known[query][:, None, :]).any(-1)
         return ids, jnp.where((ids >= self._cache.size) | known, -jnp.inf, logits)

@@ -148,6 +148,8 @@ def train(config: ConfigDict, workdir: AnyPath, *, started: float) -> AnyPath:
                 state, cache, data=job.fingerprint, made_by=job.made_by, say=say, set_aside=True
             )
             say(f"resumed {workdir} at step {position.step:,}")
+            if cache is not None and state.corrector.measured is not None:
+                cache = job.measure_lengths()(state.corrector.measured, cache)
             if cache is not None and position.cache is not None:
                 lookahead.resume(
                     cache,
@@ -212,6 +214,7 @@ def loop(
     job, config, position = run.job, run.job.config, run.position
     step_fn, probe_fn = job.train_step(), job.probe_step()
     fit_fn = job.fit_step() if job.method.corrector.landmarks else None
+    lengths_fn = job.lengths_step() if job.method.corrector.has_lengths else None
     # All at once: computed in the loop, each would queue behind the step and wait for it.
     updates = np.arange(config.train.steps // config.train.accumulate)
     rates = np.asarray(jax.vmap(job.learning_rate)(updates))
@@ -238,6 +241,8 @@ def loop(
                 state = fit(run, fit_fn, state, cache)
             if cache is not None and is_probe_due(run):
                 state = probe(run, probe_fn, state, cache)
+            if lengths_fn and is_measuring_due(run):
+                state, cache = lengths_fn(state, cache)
             entered = time.monotonic()
             batch = run.lookahead.join(upcoming, state, cache)
             upcoming = next(batches)
@@ -480,6 +485,16 @@ def is_time(run: Run, every: int) -> bool:
 def is_fit_due(run: Run) -> bool:
     """Whether a kernel corrector's landmarks are encoded anew."""
     return is_time(run, run.job.config.corrector.fit_every)
+
+
+def is_measuring_due(run: Run) -> bool:
+    """Whether the lengths beside the cache are measured anew.
+
+    Right after a probe, which may have opened the gate, and before the first step that a new
+    snapshot is drawn from, too.
+    """
+    age = run.position.step - run.position.embedded_at
+    return age == 0 or is_probe_due(run) or is_time(run, run.job.config.corrector.lengths_every)
 
 
 def fit(

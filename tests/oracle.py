@@ -55,9 +55,10 @@ def is_known(known: np.ndarray, size: int) -> np.ndarray:
     return mask
 
 
-def linear(params, rows: np.ndarray) -> np.ndarray:
+def linear(params, rows: np.ndarray, *, normalize: bool) -> np.ndarray:
     """c + W c + b of docs/method.md, 5, W = kernel^T."""
-    return rows + rows @ f64(params["kernel"]) + f64(params["bias"])
+    out = rows + rows @ f64(params["kernel"]) + f64(params["bias"])
+    return out / np.linalg.norm(out, axis=-1, keepdims=True) if normalize else out
 
 
 def mlp(params, rows: np.ndarray, *, normalize: bool) -> np.ndarray:
@@ -153,6 +154,16 @@ def filled(rows: np.ndarray, place, *, block_rows: int, dtype="float32", pad=7.0
         written_at=place.put_rows(written),
         size=size,
     )
+
+
+def with_lengths(cache: TargetCache, corrector, psi, place) -> TargetCache:
+    """The cache with the lengths of a linear corrector as NumPy finds them, if it has any."""
+    if not corrector.has_lengths:
+        return cache
+    rows = f64(jax.device_get(cache.embeddings))
+    moved = np.linalg.norm(linear(psi.params, rows, normalize=False), axis=1)
+    lengths = np.where(float(psi.gate) > 0, moved, 1.0).astype(np.float32)
+    return dataclasses.replace(cache, lengths=place.put_rows(lengths))
 
 
 def row_numbers(size: int, place, *, block_rows: int) -> TargetTokens:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from corrector_jax.models.corrector import Linear, Mlp
-from corrector_jax.negatives import Candidates, Gated, Joined, Mined
+from corrector_jax.negatives import Candidates, Gated, Joined, Mined, Stale
 from corrector_jax.sharding import make_placement
 from corrector_jax.types import Batch
 from tests import oracle
@@ -55,6 +55,7 @@ def drawing(corrector, devices=1, tail=TAIL, draws=DRAWS, tile_rows=40):
     place = make_placement(devices)
     proposal = Candidates(draws, BETA, corrector, tail, N, tile_rows, place)
     cache = oracle.filled(problem()[1], place, block_rows=4)
+    cache = oracle.with_lengths(cache, corrector, psi_of(corrector), place)
     return proposal, cache, oracle.jit(proposal.draw, heavy=True)
 
 
@@ -186,10 +187,12 @@ def test_a_query_with_nothing_left_draws_nothing():
 
 def test_a_shared_pool_is_weighed_by_the_same_probabilities():
     queries, rows, known, candidates = problem()
-    proposal, _, _ = drawing(Linear())
+    proposal, cache, _ = drawing(Linear())
     found = drawn(Linear(), known, candidates)
     pool = np.array([3, 100, 202, 7])
-    given_to_each = oracle.jit(proposal.log_prob)(queries, psi_of(Linear()), rows[pool], found)
+    given_to_each = oracle.jit(proposal.log_prob)(
+        queries, psi_of(Linear()), Stale(rows[pool], np.asarray(cache.lengths)[pool]), found
+    )  # fmt: skip
     expected = dense(Linear())[0][:, pool] - found.log_z[:, None]
     np.testing.assert_allclose(given_to_each, expected, atol=2e-5)
 

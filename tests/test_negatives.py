@@ -18,6 +18,7 @@ from corrector_jax.negatives import (
     InBatch,
     Joined,
     Mined,
+    Stale,
     TopK,
     TwoLevel,
     Uniform,
@@ -30,7 +31,14 @@ N, DIM, BETA = 503, 8, 12.0
 QUERIES, COPIES, DRAWS = 4, 64, 32
 GATED = pytest.mark.parametrize(
     ("corrector", "gate"),
-    [(Identity(), 1.0), (Linear(), 0.0), (Linear(), 1.0), (Mlp(), 0.0), (Mlp(), 1.0)],
+    [
+        (Identity(), 1.0),
+        (Linear(), 0.0),
+        (Linear(), 1.0),
+        (Linear(normalize=False), 1.0),
+        (Mlp(), 0.0),
+        (Mlp(), 1.0),
+    ],
     ids=str,
 )
 ALPHA = 1e-6
@@ -81,7 +89,8 @@ def test_two_level_draws_follow_the_corrected_softmax(corrector, gate):
     queries, _, known = problem()
     psi = psi_of(corrector, gate)
     _, log_z, log_prob = oracle.proposal(queries, corrected_rows(corrector, psi), known, BETA)
-    _, cache, step = two_level(corrector)
+    proposal, cache, step = two_level(corrector)
+    cache = oracle.with_lengths(cache, corrector, psi, proposal.place)
     counts = np.zeros((QUERIES, N), int)
     many, batch = np.tile(queries, (COPIES, 1)), given(np.tile(known, (COPIES, 1)))
     for seed in range(13):
@@ -116,12 +125,34 @@ def test_two_level_gives_every_query_the_log_probability_of_every_candidate(corr
     log_z = np.where(valid[:, 0], log_z, -np.inf).astype(np.float32)
     drawn = Draws(np.zeros((QUERIES, DRAWS), np.int32), jnp.zeros(valid.shape), valid, log_z)
     candidates = np.array([3, 400, 400, 41, 502])
-    found = oracle.jit(proposal.log_prob)(queries, psi, rows[candidates], drawn)
+    cache = oracle.with_lengths(two_level(corrector)[1], corrector, psi, proposal.place)
+    lengths = None if cache.lengths is None else np.asarray(cache.lengths)[candidates]
+    stale = Stale(rows[candidates], lengths)
+    found = oracle.jit(proposal.log_prob)(queries, psi, stale, drawn)
     meets = ~oracle.is_known(known, N)[:3, candidates]  # what a known positive gets is not said
     np.testing.assert_allclose(
         np.asarray(found)[:3][meets], log_prob[:3][:, candidates][meets], atol=2e-5
     )
     assert (np.asarray(found)[3] == -np.inf).all()
+
+
+def test_lengths_of_an_older_corrector_give_exact_draws_of_their_own_softmax():
+    """Between two measurements h divides by lengths of then: log Z and log p agree on that."""
+    queries, rows, known = problem()
+    psi, older = psi_of(Linear(), 1.0), psi_of(Linear(), 1.0)
+    older = older._replace(params=jax.tree.map(lambda leaf: 0.8 * leaf, older.params))
+    proposal, cache, step = two_level(Linear())
+    cache = oracle.with_lengths(cache, Linear(), older, proposal.place)
+    lengths = np.asarray(cache.lengths)
+    moved = oracle.linear(psi.params, rows, normalize=False) / oracle.f64(lengths[:N, None])
+    logits, log_z, _ = oracle.proposal(queries, moved, known, BETA)
+    drawn = jax.device_get(step(queries, psi, cache, given(known), jax.random.key(0)))
+    np.testing.assert_allclose(drawn.log_z, log_z, rtol=1e-5)
+    expected = np.take_along_axis(logits, drawn.ids, axis=1) - log_z[:, None]
+    np.testing.assert_allclose(drawn.log_prob, expected, atol=3e-5)
+    stale = Stale(rows[drawn.ids[0]], lengths[drawn.ids[0]])
+    pooled = oracle.jit(proposal.log_prob)(queries, psi, stale, drawn)
+    np.testing.assert_allclose(np.asarray(pooled)[0], expected[0], atol=3e-5)
 
 
 def test_two_level_needs_a_cache():
@@ -237,6 +268,7 @@ def test_top_k_is_a_sort_of_the_corrected_logits(corrector, gate):
     queries, _, known = problem()
     psi = psi_of(corrector, gate)
     cache, step = top(TopK, corrector, draws=20, devices=4)
+    cache = oracle.with_lengths(cache, corrector, psi, make_placement(4))
     drawn = jax.device_get(step(queries, psi, cache, given(known), jax.random.key(0)))
     logits, log_z, log_prob = oracle.proposal(queries, corrected_rows(corrector, psi), known, BETA)
     order = np.argsort(-np.where(oracle.is_known(known, N), -np.inf, logits), axis=1)[:, :20]

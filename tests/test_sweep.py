@@ -5,6 +5,7 @@ That the draws follow the softmax is shown in test_negatives.py, with the correc
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -14,7 +15,7 @@ import pytest
 
 from corrector_jax import sweep
 from corrector_jax.cache import TargetCache
-from corrector_jax.models.corrector import Folded, Identity, Mlp
+from corrector_jax.models.corrector import Folded, Identity, Linear, Mlp
 from corrector_jax.negatives import Gated, TwoLevel
 from corrector_jax.sharding import make_placement
 from corrector_jax.sweep import draw_two_level
@@ -282,6 +283,37 @@ def test_temporaries_stay_within_the_budget(batch, dim, hidden, draws, block_row
 
 def test_a_budget_too_small_is_one_block():
     assert sweep.tile_rows(1, batch=512, dim=768, hidden=768, draws=8, block_rows=64) == 64
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("tile_rows", [5, 48, 10_000])
+def test_lengths_are_measured_of_every_row_and_of_nothing_else(devices, tile_rows, problem):
+    rows = problem[1]
+    place, corrector = make_placement(devices), Linear()
+    rng = np.random.default_rng(4)
+    params = {
+        "kernel": jnp.asarray(rng.normal(0, 0.3, (DIM, DIM)), jnp.float32),
+        "bias": jnp.asarray(rng.normal(0, 0.3, DIM), jnp.float32),
+    }
+    before = oracle.filled(rows, place, block_rows=16)
+    before = dataclasses.replace(
+        before, lengths=place.put_rows(np.full(len(before.written_at), 9.0, np.float32))
+    )
+
+    @oracle.jit
+    def measured(psi, cache):
+        return sweep.measure_lengths(
+            lambda psi, rows: corrector.length(psi.params, rows, psi.gate),
+            psi, cache, tile_rows=tile_rows, place=place,
+        )  # fmt: skip
+
+    found = measured(Gated(params, jnp.float32(1)), before)
+    wanted = np.linalg.norm(oracle.linear(params, rows, normalize=False), axis=1)
+    np.testing.assert_allclose(found.lengths[:N], wanted, rtol=1e-5)
+    assert np.array_equal(found.embeddings, before.embeddings)
+    assert found.lengths.sharding.is_equivalent_to(before.lengths.sharding, 1)
+    closed = measured(Gated(params, jnp.float32(0)), before)
+    assert (np.asarray(closed.lengths) == 1).all()
 
 
 def test_any_number_of_known_positives_is_masked_exactly(problem):

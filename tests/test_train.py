@@ -204,22 +204,25 @@ REWRITING = {
     "rolling": {"refresh__rows": 20},
     "nystrom": {"corrector__landmarks": 12, "corrector__fit_every": 2},
     "corrected": {"refresh__threshold": 1e-6, "corrector__probe_every": 2},
+    "corrected, linear": {"corrector__kind": "linear", "corrector__lengths_every": 2},
 }
 
 
 @pytest.mark.parametrize(
-    "strategy",
+    "case",
     [
         "corrected",
+        "corrected, linear",
         *(pytest.param(s, marks=pytest.mark.slow) for s in ("rolling", "streaming", "nystrom")),
     ],
 )
-def test_what_a_strategy_changes_on_the_way_is_resumed(folder, monkeypatch, strategy):
-    """Rows written within steps, landmarks, and refreshes that a probe asked for."""
+def test_what_a_strategy_changes_on_the_way_is_resumed(folder, monkeypatch, case):
+    """Rows written within steps, landmarks, lengths, and refreshes that a probe asked for."""
+    strategy, name = case.split(",")[0], case.replace(", ", "-")
     changes = {"eval__bm25": False, "train__steps": 7, "checkpoint__every": 3}
-    config = tiny.config(folder, strategy=strategy, **changes, **REWRITING[strategy])
-    assert_stopping_changes_nothing(config, folder / strategy, monkeypatch, every=9)
-    _, cache, position = saved(config, folder / strategy / "alone")
+    config = tiny.config(folder, strategy=strategy, **changes, **REWRITING[case])
+    assert_stopping_changes_nothing(config, folder / name, monkeypatch, every=9)
+    state, cache, position = saved(config, folder / name / "alone")
     ledger, written = position.ledger, np.asarray(cache.written_at)[: cache.size]
     if strategy == "streaming":
         assert set(written) == set(range(7))
@@ -231,7 +234,12 @@ def test_what_a_strategy_changes_on_the_way_is_resumed(folder, monkeypatch, stra
     if strategy == "nystrom":
         assert set(written) == {0}
         assert ledger["encoded_without_grad"] == 3 * 12 + 2 * 32  # at steps 2, 4, 6; probed at 3, 6
-    if strategy == "corrected":
+    if case == "corrected, linear":
+        assert set(written) == {0}
+        assert state.corrector.measured.gate == 1  # opened at 3, measured at 6
+        psi, then = state.corrector.params, state.corrector.measured.params
+        assert not np.array_equal(psi["kernel"], then["kernel"])
+    if case == "corrected":
         assert set(written) == {6}  # probed at 2 and heeded at 3; probed at 5
         assert ledger["refresh"] == 2 * cache.size
 

@@ -2,9 +2,14 @@
 
 Every corrector is a residual map that starts as the identity (docs/method.md, 5). Besides `apply`,
 each says how to score queries against many stale rows at the least cost: `fold` moves what it can
-from the N rows to the B queries, `lift` is what is left to do per row, and
+from the N rows to the B queries, `lift` is what is left to do per row, `length` a number by which a
+row's logits are divided, and
 
-    beta <q, h(c)>  ==  <fold(q), lift(c)> + offset.
+    beta <q, h(c)>  ==  (<fold(q), lift(c)> + offset) / length(c).
+
+Where `has_lengths` the lengths are measured now and then and kept beside the cache
+(`sweep.measure_lengths`): they change slowly, and a sweep that divides by them costs no more than
+one over stale rows.
 """
 
 from __future__ import annotations
@@ -34,6 +39,8 @@ class Folded(NamedTuple):
 class PerRow:
     """A corrector of which nothing folds: every row is put through it while it is swept."""
 
+    has_lengths = False
+
     def apply(self, params: PyTree, rows: Array, gate: Array | float) -> Array:
         """h(c), or exactly c where the gate is 0: [..., D] float32 -> [..., D]."""
         raise NotImplementedError
@@ -45,6 +52,10 @@ class PerRow:
     def lift(self, params: PyTree, rows: Array, gate: Array | float) -> Array:
         """[..., D] float32 -> h(rows) [..., D]."""
         return self.apply(params, rows, gate)
+
+    def length(self, params: PyTree, rows: Array, gate: Array | float) -> Array:
+        """[..., D] -> [...] ones: h(rows) is all there is to it."""
+        return jnp.ones(rows.shape[:-1], jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,15 +87,28 @@ class Identity(PerRow):
 class Linear:
     """h(c) = c + W c + b, which folds into the query: sweeping costs no more than stale rows.
 
-    <q, c + W c + b> = <q + W^T q, c> + <q, b>. Its output is not normalised: it must fold.
+    <q, c + W c + b> = <q + W^T q, c> + <q, b>. Where g's embeddings are unit vectors it is divided
+    by its length |c + W c + b|: left as they are, rows of unequal length move every logit by their
+    own factor, which hardly shows in the squared error and doubles the KL (docs/theory.md). The
+    length is a number a row, so that folding goes on.
+
+    Attributes:
+      normalize: whether g's embeddings are unit vectors.
 
     Example:
       >>> Linear().init(jax.random.key(0), 2)["bias"]
       Array([0., 0.], dtype=float32)
     """
 
+    normalize: bool = True
+
     learns = True
     landmarks = 0
+
+    @property
+    def has_lengths(self) -> bool:
+        """Whether a row's logits are divided by its length, which is kept beside the cache."""
+        return self.normalize
 
     def width(self, dim: int) -> int:
         """Numbers a row passes through on the way, beside its D: none."""
@@ -105,7 +129,7 @@ class Linear:
         Returns:
           [..., D] float32.
         """
-        return rows + gate * (rows @ params["kernel"] + _like(params["bias"], rows))
+        return self._moved(params, rows, gate) / self.length(params, rows, gate)[..., None]
 
     def fold(self, params: PyTree, queries: Array, beta: float, gate: Array | float) -> Folded:
         """[B, D] float32 -> (beta (q + gate W^T q), beta gate <q, b>)."""
@@ -113,8 +137,20 @@ class Linear:
         return Folded(beta * (queries + gate * shift), beta * gate * (queries @ params["bias"]))
 
     def lift(self, params: PyTree, rows: Array, gate: Array | float) -> Array:
-        """[..., D] float32 -> the same [..., D]: all of h sits in the query."""
+        """[..., D] float32 -> the same [..., D]: all of h but a length sits in the query."""
         return rows
+
+    def length(self, params: PyTree, rows: Array, gate: Array | float) -> Array:
+        """[..., D] -> |c + W c + b| [...] float32; 1 where the gate is 0 or nothing is divided."""
+        if not self.normalize:
+            return jnp.ones(rows.shape[:-1], jnp.float32)
+        square = jnp.sum(jnp.square(self._moved(params, rows, gate)), axis=-1)
+        # One of zeros stays one of zeros; its gradient must be a number.
+        found = jnp.where(square > 1e-24, jnp.sqrt(jnp.maximum(square, 1e-24)), 1.0)
+        return 1.0 + gate * (found - 1.0)
+
+    def _moved(self, params: PyTree, rows: Array, gate: Array | float) -> Array:
+        return rows + gate * (rows @ params["kernel"] + _like(params["bias"], rows))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +288,7 @@ def make(
     """A corrector by its config word: "identity", "linear", "mlp" or "nystrom"."""
     kinds: dict[str, Corrector] = {
         "identity": Identity(),
-        "linear": Linear(),
+        "linear": Linear(normalize),
         "mlp": Mlp(hidden, normalize),
         "nystrom": Nystrom(landmarks, ridge, normalize),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -16,7 +17,7 @@ from corrector_jax.losses import Pool
 from corrector_jax.metrics import Mean, mean
 from corrector_jax.models.corrector import Corrector
 from corrector_jax.models.dual_encoder import DualEncoder
-from corrector_jax.negatives import Gated, Proposal
+from corrector_jax.negatives import Gated, Proposal, Stale
 from corrector_jax.sharding import Placement
 from corrector_jax.state import CorrectorState, Pairs
 from corrector_jax.types import Array, Batch, Draws, PyTree
@@ -34,6 +35,7 @@ class Selected:
       ids: [B, 1 + m] int32, the positive first.
       fresh: [B, 1 + m, D] float32, with gradient.
       stale: [B, 1 + m, D] float32, or None where there is no cache.
+      lengths: [B, 1 + m] float32, by which their corrected logits are divided, or None.
       there: [B, 1 + m] bool, False for a padded query and for a draw that is not valid.
     """
 
@@ -41,6 +43,7 @@ class Selected:
     ids: Array
     fresh: Array
     stale: Array | None
+    lengths: Array | None
     there: Array
 
 
@@ -79,11 +82,13 @@ def select(
     rows = ids.reshape(-1)  # query by query, so that a device's share is its own queries'
     text = place.split(caches.take_tokens(tokens, rows, place))
     fresh = model.encode_targets(params, text).reshape(*ids.shape, -1)
-    stale = None
+    stale = lengths = None
     if cache is not None:
         stale = caches.take(cache, rows, place).reshape(fresh.shape)
+        lengths = caches.take_lengths(cache, rows, place)
+        lengths = None if lengths is None else lengths.reshape(ids.shape)
     there = jnp.concatenate([jnp.ones_like(ids[:, :1], bool), draws.valid], axis=1)
-    return Selected(draws, ids, fresh, stale, there & batch.valid[:, None])
+    return Selected(draws, ids, fresh, stale, lengths, there & batch.valid[:, None])
 
 
 def own_pool(queries: Array, chosen: Selected, *, beta: float) -> Pool:
@@ -128,7 +133,9 @@ def shared_pool(
     if not positives:
         stale = None
         if chosen.stale is not None:
-            stale = chosen.stale[:, first:].reshape(len(ids), -1)
+            rows, lengths = chosen.stale[:, first:], chosen.lengths
+            lengths = None if lengths is None else lengths[:, first:].reshape(-1)
+            stale = Stale(rows.reshape(len(ids), -1), lengths)
         given = proposal.log_prob(jax.lax.stop_gradient(queries), psi, stale, chosen.draws)
         log_prob = jnp.where(takes_part, given, -jnp.inf)
     return Pool(ids, scores, log_prob, valid)
@@ -369,4 +376,4 @@ def update_corrector(
         carry, _ = jax.lax.scan(update, carry, ring)
         ring = jax.tree.map(lambda r, p: jnp.concatenate([r[1:], p[None]]), ring, pairs)
     (params, opt_state), _ = update(carry, pairs)
-    return CorrectorState(params, opt_state, state.gate, ring)
+    return dataclasses.replace(state, params=params, opt_state=opt_state, ring=ring)

@@ -18,7 +18,7 @@ from corrector_jax.optimizer import corrector_optimizer
 from tests import oracle
 
 DIM = 8
-LEARNING = [Linear(), Mlp(), Mlp(normalize=False), Mlp(hidden=5)]
+LEARNING = [Linear(), Linear(normalize=False), Mlp(), Mlp(normalize=False), Mlp(hidden=5)]
 EVERY = [Identity(), *LEARNING, Nystrom(6), Nystrom(6, normalize=False)]
 QUERIES = np.random.default_rng(1).normal(size=(4, DIM)).astype(np.float32)
 
@@ -31,7 +31,8 @@ def apply(corrector, params, rows, gate):
 
 @functools.partial(oracle.jit, static_argnums=0)
 def fold_and_lift(corrector, params, queries, rows, beta, gate):
-    return corrector.fold(params, queries, beta, gate), corrector.lift(params, rows, gate)
+    folded = corrector.fold(params, queries, beta, gate)
+    return folded, corrector.lift(params, rows, gate), corrector.length(params, rows, gate)
 
 
 def random_params(corrector, *, seed=3, scale=0.4):
@@ -44,7 +45,7 @@ def random_params(corrector, *, seed=3, scale=0.4):
 def reference(corrector, params, rows):
     rows = oracle.f64(rows)
     if isinstance(corrector, Linear):
-        return oracle.linear(params, rows)
+        return oracle.linear(params, rows, normalize=corrector.normalize)
     if isinstance(corrector, Mlp):
         return oracle.mlp(params, rows, normalize=corrector.normalize)
     if isinstance(corrector, Nystrom):
@@ -69,8 +70,9 @@ def test_a_closed_gate_is_the_identity_bit_for_bit(corrector, rows):
     params = random_params(corrector)
     for stored in (rows, np.asarray(jnp.asarray(rows, jnp.bfloat16).astype(jnp.float32)), 3 * rows):
         assert np.array_equal(apply(corrector, params, stored, 0.0), stored)
-        folded, lifted = fold_and_lift(corrector, params, QUERIES, stored, 20.0, 0.0)
+        folded, lifted, lengths = fold_and_lift(corrector, params, QUERIES, stored, 20.0, 0.0)
         assert np.array_equal(lifted, stored)
+        assert (np.asarray(lengths) == 1).all()
         assert np.array_equal(folded.queries, 20 * QUERIES)
         assert not np.any(folded.offset)
 
@@ -84,11 +86,12 @@ def test_the_formula(corrector, rows):
     )
 
 
-def test_the_mlp_normalises_iff_asked(rows):
-    params = random_params(Mlp())
-    length = np.linalg.norm(apply(Mlp(), params, 3 * rows, 1.0), axis=1)
+@pytest.mark.parametrize("kind", [Linear, Mlp])
+def test_a_corrector_normalises_iff_asked(kind, rows):
+    params = random_params(kind())
+    length = np.linalg.norm(apply(kind(), params, 3 * rows, 1.0), axis=1)
     np.testing.assert_allclose(length, 1, atol=1e-6)
-    free = np.linalg.norm(apply(Mlp(normalize=False), params, 3 * rows, 1.0), axis=1)
+    free = np.linalg.norm(apply(kind(normalize=False), params, 3 * rows, 1.0), axis=1)
     assert np.abs(free - 1).min() > 0.1
 
 
@@ -96,8 +99,10 @@ def test_the_mlp_normalises_iff_asked(rows):
 @pytest.mark.parametrize("corrector", EVERY, ids=str)
 def test_folding_changes_no_logit(corrector, gate, rows):
     params, beta = random_params(corrector), 20.0
-    folded, lifted = fold_and_lift(corrector, params, QUERIES, rows, beta, gate)
+    folded, lifted, lengths = fold_and_lift(corrector, params, QUERIES, rows, beta, gate)
+    assert corrector.has_lengths or (np.asarray(lengths) == 1).all()
     logits = oracle.f64(folded.queries) @ oracle.f64(lifted).T + oracle.f64(folded.offset)[:, None]
+    logits /= oracle.f64(lengths)
     wanted = beta * oracle.f64(QUERIES) @ oracle.f64(apply(corrector, params, rows, gate)).T
     np.testing.assert_allclose(logits, wanted, atol=5e-4, rtol=1e-5)
 
@@ -111,9 +116,10 @@ def test_rows_may_have_any_leading_dimensions(corrector, rows):
     params = random_params(corrector)
     flat = np.asarray(apply(corrector, params, rows, 1.0))
     deep = rows.reshape(5, 2, 5, DIM)
-    _, lifted = fold_and_lift(corrector, params, QUERIES, rows, 20.0, 1.0)
-    _, deeply = fold_and_lift(corrector, params, QUERIES, deep, 20.0, 1.0)
+    _, lifted, lengths = fold_and_lift(corrector, params, QUERIES, rows, 20.0, 1.0)
+    _, deeply, of_deep = fold_and_lift(corrector, params, QUERIES, deep, 20.0, 1.0)
     np.testing.assert_allclose(deeply, np.reshape(lifted, deep.shape), atol=1e-6)
+    np.testing.assert_allclose(of_deep, np.reshape(lengths, deep.shape[:-1]), atol=1e-6)
     np.testing.assert_allclose(
         apply(corrector, params, deep, 1.0), flat.reshape(deep.shape), atol=1e-6
     )
@@ -205,6 +211,10 @@ def test_learns_a_fixed_rotation(corrector):
 def test_words_make_correctors():
     assert correctors.make("identity") == Identity()
     assert correctors.make("linear") == Linear()
+    assert correctors.make("linear", normalize=False) == Linear(False)
+    assert [c.has_lengths for c in (Linear(), Linear(False), Mlp(), Identity())] == [
+        True, False, False, False,
+    ]  # fmt: skip
     assert correctors.make("mlp", hidden=7, normalize=False) == Mlp(7, False)
     assert [c.learns for c in (Identity(), Linear(), Mlp())] == [False, True, True]
 

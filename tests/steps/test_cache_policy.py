@@ -35,7 +35,7 @@ def chosen():
     there[2, 3] = False
     there[3] = False
     draws = Draws(ids[:, 1:], np.zeros((BATCH, DRAWS)), there[:, 1:], np.zeros(BATCH))
-    return Selected(draws, ids, jnp.asarray(world()[1][ids]), None, jnp.asarray(there))
+    return Selected(draws, ids, jnp.asarray(world()[1][ids]), None, None, jnp.asarray(there))
 
 
 def updated(policy, place, step, taken=True):

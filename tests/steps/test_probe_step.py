@@ -20,6 +20,7 @@ from tests import oracle
 SIZE, DIM, QUERIES, BETA = 67, 8, 16, 10.0
 IDS = np.sort(np.random.default_rng(9).permutation(SIZE)[:40]).astype(np.int32)
 TX = optax.sgd(0.1)
+LINEAR = Linear(normalize=False)
 MESHES = pytest.mark.parametrize("devices", [1, 8])
 
 
@@ -30,7 +31,7 @@ def world():
     stale = oracle.unit(rng, SIZE, DIM)
     kernel = 0.2 * rng.normal(size=(DIM, DIM)).astype(np.float32)
     exact = {"kernel": kernel, "bias": np.full(DIM, 0.1, np.float32)}
-    fresh = oracle.linear(exact, stale).astype(np.float32)
+    fresh = oracle.linear(exact, stale, normalize=False).astype(np.float32)
     return stale, fresh, exact, oracle.unit(rng, QUERIES, DIM)
 
 
@@ -47,7 +48,7 @@ def step(devices, corrector):
     return oracle.jit(run), place
 
 
-def probe(psi, *, gate=0.0, devices=1, corrector=Linear()):  # noqa: B008
+def probe(psi, *, gate=0.0, devices=1, corrector=LINEAR):
     stale, fresh, _, queries = world()
     run, place = step(devices, corrector)
     state = init_corrector(jax.random.key(0), corrector=corrector, tx=TX, dim=DIM)
