@@ -165,7 +165,8 @@ def judge(params: PyTree, world: World, ids: Array, *, corrector: Corrector, c: 
 def cell(width: int, pairs: int, *, c: ConfigDict) -> dict[str, np.ndarray]:
     """One width and number of pairs, for every strength and seed: name -> [strengths, seeds]."""
     kind = "mlp" if width else "linear"
-    corrector = correctors.make(kind, hidden=width, normalize=True)
+    # The linear one without its lengths: what leaving them out costs is part of the study.
+    corrector = correctors.make(kind, hidden=width, normalize=bool(width))
 
     @jax.jit
     @functools.partial(jax.vmap, in_axes=(0, None))  # strengths
