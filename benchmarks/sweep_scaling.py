@@ -19,6 +19,7 @@ from configs import nq
 from corrector_jax import chips, compile_ahead, hlo
 from corrector_jax.cache import TargetCache
 from corrector_jax.program import make_program, placement
+from corrector_jax.types import Batch
 
 RESULTS = Path(__file__).parent / "results" / "sweep_scaling.json"
 SLICES = ("v5e:2x2", "v5e:4x4", "v5e:8x8")
@@ -43,18 +44,24 @@ def sweep(topology: str, kind: str, hidden: int) -> dict[str, Any]:
         None,
         array((rows,), jnp.int32, place.rows),
         size,
+        array((rows,), jnp.float32, place.rows) if program.method.corrector.has_lengths else None,
     )
-    batch = config.train.batch_size
+    count = config.train.batch_size
     psi = jax.tree.map(
         lambda leaf: array(leaf.shape, leaf.dtype),
         jax.eval_shape(lambda: program.init_corrector(0).gated),
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     arguments = (
-        array((batch, dim), jnp.float32),
+        array((count, dim), jnp.float32),
         psi,
         cache,
-        array((batch, config.compile.known), jnp.int32),
+        Batch(
+            query_tokens=array((count, 1), jnp.int32),  # not read
+            positive=array((count,), jnp.int32),
+            known=array((count, config.compile.known), jnp.int32),
+            valid=array((count,), jnp.bool_),
+        ),
         array(key.shape, key.dtype),
     )
     with chips.compiling(devices):

@@ -204,7 +204,12 @@ REWRITING = {
     "rolling": {"refresh__rows": 20},
     "nystrom": {"corrector__landmarks": 12, "corrector__fit_every": 2},
     "corrected": {"refresh__threshold": 1e-6, "corrector__probe_every": 2},
-    "corrected, linear": {"corrector__kind": "linear", "corrector__lengths_every": 2},
+    # Measured at 0, and after the probes at 3, 6 and 9: in between steps divide by older lengths.
+    "corrected, linear": {
+        "corrector__kind": "linear",
+        "corrector__lengths_every": 100,
+        "train__steps": 12,
+    },
 }
 
 
@@ -220,7 +225,7 @@ def test_what_a_strategy_changes_on_the_way_is_resumed(folder, monkeypatch, case
     """Rows written within steps, landmarks, lengths, and refreshes that a probe asked for."""
     strategy, name = case.split(",")[0], case.replace(", ", "-")
     changes = {"eval__bm25": False, "train__steps": 7, "checkpoint__every": 3}
-    config = tiny.config(folder, strategy=strategy, **changes, **REWRITING[case])
+    config = tiny.config(folder, strategy=strategy, **(changes | REWRITING[case]))
     assert_stopping_changes_nothing(config, folder / name, monkeypatch, every=9)
     state, cache, position = saved(config, folder / name / "alone")
     ledger, written = position.ledger, np.asarray(cache.written_at)[: cache.size]
@@ -236,7 +241,7 @@ def test_what_a_strategy_changes_on_the_way_is_resumed(folder, monkeypatch, case
         assert ledger["encoded_without_grad"] == 3 * 12 + 2 * 32  # at steps 2, 4, 6; probed at 3, 6
     if case == "corrected, linear":
         assert set(written) == {0}
-        assert state.corrector.measured.gate == 1  # opened at 3, measured at 6
+        assert state.corrector.measured.gate == 1  # opened at 3, measured at 9
         psi, then = state.corrector.params, state.corrector.measured.params
         assert not np.array_equal(psi["kernel"], then["kernel"])
     if case == "corrected":
