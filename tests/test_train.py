@@ -333,6 +333,7 @@ def test_a_snapshot_of_another_run_saves_the_first_pass(folder, corrected):
     assert losses(folder / "reused") == losses(corrected)
     before = [(where / "eval" / "before.json") for where in (folder / "reused", corrected)]
     metrics = [json.loads(path.read_text())["metrics"] for path in before]
+    del metrics[1]["exact_loss"]  # of rows that a pass embedded; the other ranks a cache
     assert metrics[0] == pytest.approx(metrics[1])
 
 
