@@ -6,8 +6,10 @@ under it too.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,26 @@ def _eight_devices() -> None:
     import jax
 
     assert jax.device_count() == DEVICES, f"tests need {DEVICES} devices, jax has {jax.devices()}"
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of a finished tiny run of the method; who changes it makes a copy.
+
+    One of its targets, t0, is hostile to whoever shows it.
+    """
+    from corrector_jax.train import train
+    from tests import tiny
+
+    folder = tmp_path_factory.mktemp("finished")
+    tiny.overrides(folder)
+    corpus = folder / "data" / "corpus.jsonl"
+    first, *others = corpus.read_text().splitlines(keepends=True)
+    record = json.loads(first)
+    record["text"] += f" {tiny.HOSTILE}"
+    corpus.write_text("".join([json.dumps(record) + "\n", *others]))
+    train(tiny.config(folder, eval__top_k=100), folder / "run", started=time.monotonic())
+    return folder / "run"
 
 
 @pytest.fixture(scope="session")
