@@ -48,6 +48,7 @@ FREE = (
     "export.",
     "mine.",
     "search.",
+    "serve.",
     "mesh.",
     "cache.",
     "data.cache_dir",
@@ -196,6 +197,15 @@ def default() -> ConfigDict:
 
     c.export = ConfigDict()
     c.export.path = ""  # --mode=export: where to; empty = final/ of the workdir
+
+    c.search = ConfigDict()
+    c.search.show = "both"  # both (before, final) | all | before | stale | corrected | final
+    c.search.count = 5  # targets shown of each
+
+    c.serve = ConfigDict()
+    c.serve.host = "127.0.0.1"  # who may ask: this machine alone; 0.0.0.0 = whoever reaches it
+    c.serve.port = 8350  # 0 = any that is free
+    c.serve.count = 10  # targets shown of each model
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 1000  # steps
