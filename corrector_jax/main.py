@@ -31,6 +31,9 @@ Flags:
   --mode=search         search the targets of --workdir, before and after training side by side:
                         --query="...", or a prompt; --config.search.show=all for all four models
   --mode=serve          the same as a web page on this machine alone, until Ctrl-C
+  --mode=compare DIR DIR ...
+                        hold finished runs on the same queries against the first: compare.html, in
+                        --workdir or here
   --query=TEXT          of --mode=search; left out = asked for, or read from standard input
 
 Exit codes: 0 done; 1 inspect found damage, check_data what makes training wrong, or compile
@@ -81,7 +84,7 @@ _MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES,
 def main(argv: list[str]) -> None:
     """Flags -> configuration -> one call."""
     logging.set_verbosity(logging.WARNING)  # what libraries tell of themselves helps nobody
-    if len(argv) > 1:
+    if len(argv) > 1 and _MODE.value != "compare":
         raise UserError(f"{argv[1]!r} is not a flag: see --help")
     modes = {
         "train": _train,
@@ -95,6 +98,7 @@ def main(argv: list[str]) -> None:
         "mine": _mine,
         "search": _search,
         "serve": _serve,
+        "compare": lambda: _compare(argv[1:]),
     }
     if _MODE.value not in modes:
         raise UserError(f"--mode is {_MODE.value!r}: write {', '.join(modes)}")
@@ -268,6 +272,15 @@ def _serve() -> None:
     from corrector_jax.serve import serve_run
 
     serve_run(_workdir(), step=_STEP.value, **_CONFIG.value.serve)
+
+
+def _compare(folders: list[str]) -> None:
+    from corrector_jax.compare import compare
+
+    compare(
+        [paths.make(folder) for folder in folders],
+        paths.make(_WORKDIR.value or ".") / "compare.html",
+    )
 
 
 def _with_own_config(argv: list[str]) -> list[str]:

@@ -36,6 +36,13 @@ def _eight_devices() -> None:
     assert jax.device_count() == DEVICES, f"tests need {DEVICES} devices, jax has {jax.devices()}"
 
 
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that a test makes itself draw nothing: twenty pictures take longer than training."""
+    if results := sys.modules.get("corrector_jax.results"):
+        monkeypatch.setattr(results, "write_report", lambda workdir: workdir / "report.html")
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The workdir of a finished tiny run of the method; who changes it makes a copy.

@@ -6,15 +6,17 @@ Everything is a function of the files in the workdir. Whatever a run did not log
 from __future__ import annotations
 
 import base64
+import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from corrector_jax import paths
 from corrector_jax.paths import AnyPath
 from corrector_jax.ranking import METRICS
-from corrector_jax.report.plots import DARK, LIGHT, PLOTS, Plot, png
+from corrector_jax.report import staleness
+from corrector_jax.report.plots import DARK, LIGHT, PLOTS, Theme, bars, png
 from corrector_jax.report.words import (
     baseline_sentence,
     cache_sentence,
@@ -31,6 +33,9 @@ from corrector_jax.report.words import (
     signed,
 )
 from corrector_jax.types import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # (key in results["ledger"], words in the table).
 _LEDGER = (
@@ -65,18 +70,126 @@ def write_report(workdir: AnyPath) -> AnyPath:
     examples = read_json(workdir / "examples.json") or []
     series, unreadable = read_metrics(workdir / "metrics.jsonl")
 
-    figures = []
-    for plot in PLOTS:
-        light, dark = (png(plot.draw(series, results, theme)) for theme in (LIGHT, DARK))
-        paths.write(workdir / "plots" / f"{plot.name}.png", light)
-        figures.append(_figure_html(plot, light, dark))
-    page = _page(results, config, examples, figures, unreadable)
+    figures = [
+        figure(
+            workdir, plot.name, plot.title, plot.caption,
+            functools.partial(plot.draw, series, results),
+        )
+        for plot in PLOTS
+    ]  # fmt: skip
+    if profile := read_json(workdir / "profile.json"):
+        figures.append(_profile(workdir, profile))
+    looked_at = _staleness(workdir)
+    page = _page(results, config, examples, figures, looked_at, unreadable)
     path = workdir / "report.html"
     paths.write(path, page.encode("utf-8", errors="replace"))
     return path
 
 
-_STYLE = """
+def figure(
+    workdir: AnyPath,
+    name: str,
+    title: str,
+    caption: str,
+    draw: Callable[[Theme], Figure],
+    *,
+    wide: bool = False,
+) -> str:
+    """Draws a picture, light into `plots/NAME.png` and both ways into the page.
+
+    Args:
+      workdir: the folder of a run.
+      name: of the file, without `.png`.
+      title: what it shows.
+      caption: how to read it.
+      draw: draws it in a theme's colours.
+      wide: whether it takes a row of its own.
+
+    Returns:
+      HTML.
+    """
+    light, dark = (png(draw(theme)) for theme in (LIGHT, DARK))
+    paths.write(workdir / "plots" / f"{name}.png", light)
+    first, second = (base64.b64encode(content).decode() for content in (light, dark))
+    return picture(title, caption, first, second, wide=wide)
+
+
+def picture(title: str, caption: str, light: str, dark: str, *, wide: bool = False) -> str:
+    """A picture as HTML that asks for no file.
+
+    Args:
+      title: what it shows.
+      caption: how to read it.
+      light: a PNG file in base64.
+      dark: another, for a dark page.
+      wide: whether it takes a row of its own.
+    """
+    header = base64.b64decode(light[:32])
+    width, height = (int.from_bytes(header[at : at + 4], "big") for at in (16, 20))
+    return (
+        f'<figure class="{"wide" if wide else ""}">\n<h3>{escape(title)}</h3>\n<picture>'
+        f'<source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{dark}">'
+        f'<img alt="{escape(title)}" width="{width}" height="{height}" '
+        f'src="data:image/png;base64,{light}">'
+        f"</picture>\n<figcaption>{escape(caption)}</figcaption>\n</figure>\n"
+    )
+
+
+def _profile(workdir: AnyPath, profile: Mapping[str, Any]) -> str:
+    """The picture of a trace of some steps."""
+    first, end = profile["steps"]
+    caption = (
+        f"Device time of a step by parts of the method, means over steps {first:,} to {end - 1:,} "
+        "and all threads or devices together: from the trace in profile/, which TensorBoard opens."
+    )
+    parts = list(profile["seconds_per_step"].items())
+    draw = functools.partial(bars, parts=parts, unit="seconds of a step", missing="profile")
+    return figure(workdir, "step", "Where a step's time goes", caption, draw)
+
+
+def _staleness(workdir: AnyPath) -> str:
+    """The pictures of what `corrector_jax.staleness` kept; empty where nothing was."""
+    parts = []
+    if samples := staleness.chosen(staleness.read_samples(workdir)):
+        caption = (
+            f"{len(samples[-1].fresh)} targets of the probe in two dimensions, the same in every "
+            "panel: the two principal components of the stale and the fresh rows of the last step. "
+            "A line joins what the cache holds of a target to where the encoder puts it now. Two "
+            "dimensions show less than all: the figures above a panel are squared errors over the "
+            "full vectors."
+        )
+        parts.append(
+            figure(
+                workdir, "targets", "Where the targets went", caption,
+                functools.partial(staleness.draw_samples, samples), wide=True,
+            )
+        )  # fmt: skip
+    softmaxes = read_json(workdir / "softmax.json")
+    if softmaxes and softmaxes.get("queries"):
+        caption = (
+            "The softmax of held-out queries at the end, exactly over all targets: its heaviest "
+            "targets from the left. Grey: fresh. Coloured: what the cache gives the same target. "
+            "Missed is the share of the fresh softmax that lies elsewhere, the total variation "
+            "distance: so many of the draws go to the wrong targets."
+        )
+        parts.append(
+            figure(
+                workdir, "softmax", "What the cache misses", caption,
+                functools.partial(staleness.draw_softmaxes, softmaxes), wide=True,
+            )
+        )  # fmt: skip
+        rows = [
+            (escape(query["query"]), [f"{100 * query['missed'][name]:.1f} %" for name in _CACHES])
+            for query in softmaxes["queries"]
+        ]
+        label = "Softmax mass that is missed"
+        parts.append(table(label, ["query", "missed, stale", "missed, corrected"], rows))
+    return f'<div class="pictures">\n{"".join(parts)}\n</div>' if parts else ""
+
+
+_CACHES = ("stale", "corrected")
+
+STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ground: #f5f6f8; --ink: #1d2126;
   --faint: #5d6670; --line: #dde1e6; --accent: #0072b2; --mark: #e7f3ea; --mark-ink: #1b6b3a; }
 @media (prefers-color-scheme: dark) { :root { --paper: #171a1f; --ground: #0f1114;
@@ -115,6 +228,7 @@ td small { display: block; color: var(--faint); font-size: .75rem; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr));
   gap: 1rem; }
 figure { margin: 0; padding: 1rem; }
+.pictures { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1rem; margin-top: 1rem; }
 figure img { display: block; width: 100%; height: auto; margin: .5rem 0; }
 .example { padding: 1rem 1.1rem; margin: 1rem 0; }
 .example h3 { white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -156,6 +270,7 @@ def _page(
     config: Mapping[str, Any],
     examples: Sequence[Mapping[str, Any]],
     figures: Sequence[str],
+    looked_at: str,
     unreadable: int,
 ) -> str:
     """The whole page."""
@@ -169,19 +284,9 @@ def _page(
         kl_sentence(results),
     ]
     skipped = f" Unreadable lines of metrics.jsonl left out: {unreadable}." if unreadable else ""
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-{_STYLE}
-</style>
-</head>
-<body>
-<main>
-<header>
+    return whole(
+        title,
+        f"""<header>
 <p class="kind">Training report</p>
 <h1>{title}</h1>
 <p class="note">{escape(_setting(results))}</p>
@@ -199,6 +304,7 @@ def _page(
 divergence from the fresh softmax to the one over the cache, and the squared error of the embeddings
 relative to their squared norm.</p>
 {_distribution_table(results)}
+{looked_at}
 </section>
 <section>
 <h2>Targets encoded</h2>
@@ -226,7 +332,30 @@ relative to their squared norm.</p>
 <footer>
 <p class="note">Drawn from the files of this folder alone.{skipped} The method: A Fresh Take on
 Stale Embeddings, arXiv 2409.01890.</p>
-</footer>
+</footer>""",
+    )
+
+
+def whole(title: str, body: str) -> str:
+    """A page of its own, that asks for no other file.
+
+    Args:
+      title: as HTML.
+      body: likewise.
+    """
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+{STYLE}
+</style>
+</head>
+<body>
+<main>
+{body}
 </main>
 </body>
 </html>
@@ -305,10 +434,17 @@ def _tiles(results: Mapping[str, Any]) -> str:
     return f'<dl class="tiles">\n{cells}\n</dl>'
 
 
-def _table(
+def table(
     label: str, head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]], total: str = ""
 ) -> str:
-    """A table of HTML cells; the first column names the row, `total` is the row to set apart."""
+    """A table of HTML cells.
+
+    Args:
+      label: what it holds, for those who cannot see it.
+      head: of the columns.
+      rows: (name, cells) of each.
+      total: the name of the row to set apart.
+    """
     columns = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     body = "\n".join(
         f'<tr class="{"total" if name == total else ""}"><th scope="row" class="words">{name}</th>'
@@ -325,10 +461,10 @@ def _table(
 def _results_table(results: Mapping[str, Any]) -> str:
     systems = measured(results)
     # As shown: what the digits do not tell apart is equally good.
-    table = [[round(finite(row, metric) or 0, 3) for metric in METRICS] for _, row in systems]
-    best = [max(column) for column in zip(*table, strict=True)]
+    shown = [[round(finite(row, metric) or 0, 3) for metric in METRICS] for _, row in systems]
+    best = [max(column) for column in zip(*shown, strict=True)]
     rows = []
-    for (label, metrics), values in zip(systems, table, strict=True):
+    for (label, metrics), values in zip(systems, shown, strict=True):
         cells = [number(finite(metrics, metric)) for metric in METRICS]
         bold = [value == top > 0 for value, top in zip(values, best, strict=True)]
         marked = [f"<b>{cell}</b>" if b else cell for cell, b in zip(cells, bold, strict=True)]
@@ -341,7 +477,7 @@ def _results_table(results: Mapping[str, Any]) -> str:
             for gain in gains
         ]
         rows.append(("after minus before, 95 % interval", cells))
-    return _table("Retrieval measures", ["", *METRICS], rows)
+    return table("Retrieval measures", ["", *METRICS], rows)
 
 
 def _distribution_table(results: Mapping[str, Any]) -> str:
@@ -364,7 +500,7 @@ def _distribution_table(results: Mapping[str, Any]) -> str:
             ],
         ),
     ]
-    return _table("Staleness", ["", "KL (nats)", "squared error"], rows)
+    return table("Staleness", ["", "KL (nats)", "squared error"], rows)
 
 
 def _ledger_table(results: Mapping[str, Any]) -> str:
@@ -382,21 +518,9 @@ def _ledger_table(results: Mapping[str, Any]) -> str:
     head = ["", "targets", "times the corpus", "share"]
     passes = number(finite(results, "ledger", "corpus_passes"), 2)
     return (
-        _table("Targets encoded", head, rows, total="all")
+        table("Targets encoded", head, rows, total="all")
         + f'\n<p class="note">Passes over the corpus for the cache (first snapshot and refreshes): '
         f"{passes}.</p>"
-    )
-
-
-def _figure_html(plot: Plot, light: bytes, dark: bytes) -> str:
-    first, second = (base64.b64encode(content).decode() for content in (light, dark))
-    width, height = (int.from_bytes(light[at : at + 4], "big") for at in (16, 20))
-    return (
-        f"<figure>\n<h3>{escape(plot.title)}</h3>\n<picture>"
-        f'<source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{second}">'
-        f'<img alt="{escape(plot.title)}" width="{width}" height="{height}" '
-        f'src="data:image/png;base64,{first}">'
-        f"</picture>\n<figcaption>{escape(plot.caption)}</figcaption>\n</figure>\n"
     )
 
 
