@@ -59,7 +59,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     record = json.loads(first)
     record["text"] += f" {tiny.HOSTILE}"
     corpus.write_text("".join([json.dumps(record) + "\n", *others]))
-    train(tiny.config(folder, eval__top_k=100), folder / "run", started=time.monotonic())
+    config = tiny.config(folder, profile__steps="5:7")
+    train(config, folder / "run", started=time.monotonic())
     return folder / "run"
 
 

@@ -64,7 +64,9 @@ def read_samples(workdir: AnyPath) -> list[Sample]:
 
 def chosen(samples: Sequence[Sample]) -> list[Sample]:
     """So many as are drawn, spread over the run."""
-    places = np.unique(np.linspace(0, len(samples) - 1, PANELS).round().astype(int))
+    if len(samples) <= PANELS:
+        return list(samples)
+    places = np.linspace(0, len(samples) - 1, PANELS).round().astype(int)
     return [samples[place] for place in places]
 
 
