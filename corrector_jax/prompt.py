@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from corrector_jax.paths import AnyPath
-from corrector_jax.search import MODELS, Answer, Hit, Searcher, require_count, require_query
+from corrector_jax.search import DEPTH, MODELS, Answer, Hit, Searcher, require_count, require_query
 from corrector_jax.snippet import Piece, snippet
 from corrector_jax.types import UserError
 from corrector_jax.writer import say
@@ -110,7 +110,9 @@ def page(answer: Answer, *, width: int, bold: bool) -> str:
 def _hit(query: str, model: str, hit: Hit, width: int, bold: bool) -> Iterator[str]:
     others = ", ".join(f"{name} {rank or '-'}" for name, rank in hit.ranks.items() if name != model)
     head = f"{hit.rank:>2}. {hit.score:.3f}  {printable(hit.target)}"
-    notes = " · ".join(filter(None, [f"in {others}" if others else "", "known" * hit.relevant]))
+    notes = " · ".join(
+        filter(None, [f"rank: {others}" if others else "", "known positive" * hit.relevant])
+    )
     yield _fit([Piece(head, True)], width, bold)
     if notes:
         yield _fit([Piece(f"    {notes}", False)], width, bold)

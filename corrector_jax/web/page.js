@@ -47,6 +47,7 @@ function card(hit, model) {
   const item = make("li", hit.relevant ? "relevant" : "");
   item.dataset.target = hit.target;
   const head = make("p", "head", make("b", "", `${hit.rank}. `), make("span", "id", hit.target));
+  head.title = hit.target;
   if (hit.relevant) head.append(make("span", "badge", "known positive"));
   head.append(make("span", "score", hit.score.toFixed(3)));
   const words = make("p", "snippet");
