@@ -108,7 +108,9 @@ def page(answer: Answer, *, width: int, bold: bool) -> str:
 
 
 def _hit(query: str, model: str, hit: Hit, width: int, bold: bool) -> Iterator[str]:
-    others = ", ".join(f"{name} {rank or '-'}" for name, rank in hit.ranks.items() if name != model)
+    others = ", ".join(
+        f"{name} {rank or f'> {DEPTH}'}" for name, rank in hit.ranks.items() if name != model
+    )
     head = f"{hit.rank:>2}. {hit.score:.3f}  {printable(hit.target)}"
     notes = " · ".join(
         filter(None, [f"rank: {others}" if others else "", "known positive" * hit.relevant])
