@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -176,7 +177,7 @@ def _lines() -> Iterator[str]:
 
     state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
     history = state / "corrector_jax" / "queries"
-    if history.is_file():
+    with contextlib.suppress(OSError):  # none yet, or not to be read
         readline.read_history_file(history)
     readline.set_history_length(1000)
     try:
@@ -186,5 +187,6 @@ def _lines() -> Iterator[str]:
     except (EOFError, KeyboardInterrupt):
         say("")
     finally:
-        history.parent.mkdir(parents=True, exist_ok=True)
-        readline.write_history_file(history)
+        with contextlib.suppress(OSError):
+            history.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(history)
