@@ -11,6 +11,7 @@ file is a function of the step, so that a run that was stopped leaves the same o
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -151,7 +152,9 @@ class Watched:
         shape = (len(self._texts), self._job.size)
         return np.zeros(shape, np.float32) if self._job.size <= _MOST else None
 
-    def _rows(self, cache: TargetCache, psi: Gated, h: Corrector, ids: np.ndarray) -> Any:
+    def _rows(
+        self, cache: TargetCache, psi: Gated, h: Corrector, ids: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(ids [n], h(C) of them [n, D]) on the host, block by block."""
         block = min(_ROWS_AT_ONCE, len(ids))
         place = self._job.place

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from corrector_jax.ranking import METRICS, Interval
-from corrector_jax.report.page import picture, table, whole
+from corrector_jax.report.parts import picture, table, whole
 from corrector_jax.report.plots import DARK, LIGHT, Theme, bare, line, png
 from corrector_jax.report.words import Series, count, duration, finite, get, number, signed
 

@@ -11,7 +11,6 @@ import pytest
 import safetensors.numpy
 
 from corrector_jax import results, writer
-from corrector_jax.report import page as pages
 from corrector_jax.report.plots import LIGHT
 from corrector_jax.report.staleness import (
     Sample,
@@ -173,7 +172,3 @@ def events(file):
         (length,) = struct.unpack_from("<Q", content, at)
         yield Event.FromString(content[at + 12 : at + 12 + length])
         at += 16 + length
-
-
-def test_pages_are_imported_from_one_place():
-    assert pages.STYLE in pages.whole("t", "b")
