@@ -70,33 +70,43 @@ def test_known_positives_are_told_apart(searcher):
 
 
 def test_targets_are_embedded_once_for_each_weights(finished, searcher, tmp_path, monkeypatch):
-    shutil.copytree(finished, tmp_path / "run")
-    assert not (tmp_path / "run" / "search" / "before").exists()  # the first snapshot serves
+    assert (finished / "search" / "final").exists()
+    assert not (finished / "search" / "before").exists()  # the first snapshot serves
     passes, go_over = [], search.go_over
     monkeypatch.setattr(search, "go_over", lambda *args: passes.append(args) or go_over(*args))
-    Searcher(tmp_path / "run")
-    assert passes == []
-    manifest = tmp_path / "run" / "search" / "final" / "manifest.json"
-    content = json.loads(manifest.read_text())
-    content["made_by"]["weights"] = "others"
-    manifest.write_text(json.dumps(content))
-    Searcher(tmp_path / "run")
+    job = searcher.job
+    folder, params = tmp_path / "rows", job.init_state().params
+
+    def embedded():
+        return np.asarray(search._embedded(job, params, 0, [folder]).embeddings)
+
+    first = embedded()
+    np.testing.assert_array_equal(embedded(), first)
     assert len(passes) == 1
-    file = next(manifest.parent.glob("rows-*"))
-    file.write_bytes(file.read_bytes()[:-1])
-    Searcher(tmp_path / "run")
+    content = json.loads((folder / "manifest.json").read_text())
+    content["made_by"]["weights"] = "others"
+    (folder / "manifest.json").write_text(json.dumps(content))
+    np.testing.assert_array_equal(embedded(), first)
     assert len(passes) == 2
+    file = next(folder.glob("rows-*"))
+    file.write_bytes(file.read_bytes()[:-1])
+    np.testing.assert_array_equal(embedded(), first)
+    assert len(passes) == 3
 
 
-def test_a_strategy_without_a_cache_has_two_models(finished, monkeypatch, capsys):
+def test_a_strategy_without_a_cache_has_two_models(finished, monkeypatch):
     def without_cache(*args, **more):
         job, state, _, position = restored(*args, **more)
         return job, state, None, position
 
+    made = []
     monkeypatch.setattr(search, "restored", without_cache)
-    assert Searcher(finished).models == ("before", "final")
+    monkeypatch.setattr(
+        prompt, "Searcher", lambda *a, **b: made.append(Searcher(*a, **b)) or made[0]
+    )
     with pytest.raises(UserError, match="'stale' ranks a cache"):
         search_run(finished, query="ba", step=None, show="stale", count=5)
+    assert made[0].models == ("before", "final")
 
 
 def test_what_is_no_run_of_this_version_is_refused_in_one_sentence(finished, tmp_path, monkeypatch):
