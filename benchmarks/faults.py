@@ -195,7 +195,7 @@ def outcome(workdir: AnyPath) -> dict[str, Any]:
         position, leaves = checkpoints.read(step)
         problems = [problem for _, _, problem in checkpoints.check(step) if problem]
     results = json.loads((workdir / "results.json").read_text())
-    for name in ("wall_seconds", "examples_per_second"):
+    for name in ("wall_seconds", "examples_per_second", "times"):
         results.pop(name)
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
@@ -210,7 +210,8 @@ def outcome(workdir: AnyPath) -> dict[str, Any]:
         "results": results,
         "metrics.jsonl": rows,
     }
-    for path in sorted((workdir / "runs").iterdir(), key=str):
+    looked_at = [*(workdir / "runs").iterdir(), *(workdir / "drift").iterdir()]
+    for path in [*sorted(looked_at, key=str), workdir / "softmax.json"]:
         found[path.name] = path.read_bytes()
     return found
 

@@ -44,6 +44,7 @@ class Position:
       step: training steps done.
       seconds: wall-clock seconds of the run, earlier parts included.
       train_seconds: of those, in the training steps.
+      times: of those, by what they were spent on.
       metrics: bytes of metrics.jsonl; what is beyond them belongs to steps that are lost.
       log: the row of metrics.jsonl that is not full yet, as `writer.StepLog` keeps it.
       dev: step -> mrr@10 of the evaluations during training: a run that is stopped before one
@@ -60,6 +61,7 @@ class Position:
     step: int = 0
     seconds: float = 0.0
     train_seconds: float = 0.0
+    times: dict[str, float] = dataclasses.field(default_factory=dict)
     metrics: int = 0
     log: dict[str, Any] = dataclasses.field(default_factory=dict)
     dev: dict[str, float] = dataclasses.field(default_factory=dict)

@@ -48,6 +48,8 @@ FREE = (
     "export.",
     "mine.",
     "search.",
+    "serve.",
+    "profile.",
     "mesh.",
     "cache.",
     "data.cache_dir",
@@ -198,6 +200,15 @@ def default() -> ConfigDict:
     c.export = ConfigDict()
     c.export.path = ""  # --mode=export: where to; empty = final/ of the workdir
 
+    c.search = ConfigDict()
+    c.search.show = "both"  # both (before, final) | all | before | stale | corrected | final
+    c.search.count = 5  # targets shown of each
+
+    c.serve = ConfigDict()
+    c.serve.host = "127.0.0.1"  # who may ask: this machine alone; 0.0.0.0 = whoever reaches it
+    c.serve.port = 8350  # 0 = any that is free
+    c.serve.count = 10  # targets shown of each model
+
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 1000  # steps
     c.checkpoint.keep = 2  # the newest ones
@@ -207,6 +218,9 @@ def default() -> ConfigDict:
     c.log = ConfigDict()
     c.log.every = 10  # steps between lines of metrics.jsonl
     c.log.tensorboard = True
+
+    c.profile = ConfigDict()
+    c.profile.steps = ""  # trace these, as 20:25 (25 not among them), into profile/; empty = none
 
     c.compile = ConfigDict()  # --mode=compile, which needs no data:
     c.compile.targets = 0  # N; 0 = of the published set
@@ -301,6 +315,7 @@ def validate(config: ConfigDict) -> None:
             "'random': write False"
         )
     _validate_mine(config)
+    profiled(config)
     tile = config.cache.tile_rows
     if 0 < tile < config.negatives.block_rows:
         raise UserError(
@@ -336,6 +351,26 @@ def chosen(config: ConfigDict) -> dict[str, str]:
         "refresh": refresh.policy or (allowed or strategy.refreshes)[0],
         "estimator": config.loss.estimator or estimator,
     }
+
+
+def profiled(config: ConfigDict) -> range:
+    """The steps to trace; none where none are asked for.
+
+    Raises:
+      UserError: they cannot be read, or lie outside the run.
+    """
+    text = config.profile.steps
+    if not text:
+        return range(0)
+    first, colon, last = str(text).partition(":")
+    if colon and first.isdecimal() and last.isdecimal():
+        steps = range(int(first), int(last))
+        if steps and steps.stop <= config.train.steps:
+            return steps
+    raise UserError(
+        f"config.profile.steps is {text!r} of {config.train.steps} steps: write the first and the "
+        "one after the last, as 20:25"
+    )
 
 
 def refresh_policy_of(config: ConfigDict) -> RefreshPolicy:

@@ -356,7 +356,7 @@ def evaluate_run(
     _require_search(search)
     if name in ("before", "after", "bm25", "pretrained") or "/" in name:
         raise UserError(f"--name is {name!r}, which names a part of the run itself: write another")
-    job, state, cache, position = _restored(workdir, step=step, with_cache=True)
+    job, state, cache, position = restored(workdir, step=step, with_cache=True)
     step, split = position.step, job.final_split
     with distributed.Watch(job.config.mesh.timeout) as watch:
         result = evaluate(
@@ -411,13 +411,26 @@ def trained(workdir: AnyPath, *, step: int | None = None) -> tuple[Job, TrainSta
     Raises:
       UserError: there is no run or no checkpoint, or the data is not what it was trained on.
     """
-    job, state, _, position = _restored(workdir, step=step, with_cache=False)
+    job, state, _, position = restored(workdir, step=step, with_cache=False)
     return job, state, position
 
 
-def _restored(
+def restored(
     workdir: AnyPath, *, step: int | None, with_cache: bool
 ) -> tuple[Job, TrainState, TargetCache | None, Position]:
+    """A checkpoint of a run on the devices at hand.
+
+    Args:
+      workdir: the run's folder.
+      step: which checkpoint; None = the newest.
+      with_cache: whether to read the snapshot of the cache it was trained on, if it has one.
+
+    Returns:
+      The job, the state, the cache or None, and the position.
+
+    Raises:
+      UserError: there is no run or no checkpoint, or the data is not what it was trained on.
+    """
     config = here(saved_config(workdir))
     with Checkpoints.readable(workdir) as checkpoints:
         with distributed.same_fate():

@@ -28,6 +28,13 @@ Flags:
                         sentence-transformers loads; training leaves the same in final/
   --mode=embed          embed the targets of --workdir, or --config.embed.path=FILE_OR_FOLDER, with
                         its newest checkpoint
+  --mode=search         search the targets of --workdir, before and after training side by side:
+                        --query="...", or a prompt; --config.search.show=all for all four models
+  --mode=serve          the same as a web page on this machine alone, until Ctrl-C
+  --mode=compare DIR DIR ...
+                        hold finished runs on the same queries against the first: compare.html, in
+                        --workdir or here
+  --query=TEXT          of --mode=search; left out = asked for, or read from standard input
 
 Exit codes: 0 done; 1 inspect found damage, check_data what makes training wrong, or compile
 that memory does not suffice; 2 something to
@@ -68,6 +75,7 @@ _TOPOLOGY = flags.DEFINE_string("topology", "", "What to compile for.")
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many processes the job has.")
 _PROCESS = flags.DEFINE_integer("process", None, "Which one this is.")
+_QUERY = flags.DEFINE_string("query", None, "What to search for.")
 _STEP = flags.DEFINE_integer("step", None, "Which checkpoint; the newest if left out.")
 
 _MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOENT}
@@ -76,7 +84,7 @@ _MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES,
 def main(argv: list[str]) -> None:
     """Flags -> configuration -> one call."""
     logging.set_verbosity(logging.WARNING)  # what libraries tell of themselves helps nobody
-    if len(argv) > 1:
+    if len(argv) > 1 and _MODE.value != "compare":
         raise UserError(f"{argv[1]!r} is not a flag: see --help")
     modes = {
         "train": _train,
@@ -88,6 +96,9 @@ def main(argv: list[str]) -> None:
         "export": _export,
         "embed": _embed,
         "mine": _mine,
+        "search": _search,
+        "serve": _serve,
+        "compare": lambda: _compare(argv[1:]),
     }
     if _MODE.value not in modes:
         raise UserError(f"--mode is {_MODE.value!r}: write {', '.join(modes)}")
@@ -249,10 +260,33 @@ def _embed() -> None:
     embed_run(_workdir(), **_CONFIG.value.embed)
 
 
+def _search() -> None:
+    from corrector_jax.prompt import search_run
+
+    if _QUERY.value is not None and not _QUERY.value.strip():
+        raise UserError("--query is empty: write a few words, or leave it out to be asked")
+    search_run(_workdir(), query=_QUERY.value or "", step=_STEP.value, **_CONFIG.value.search)
+
+
+def _serve() -> None:
+    from corrector_jax.serve import serve_run
+
+    serve_run(_workdir(), step=_STEP.value, **_CONFIG.value.serve)
+
+
+def _compare(folders: list[str]) -> None:
+    from corrector_jax.compare import compare
+
+    compare(
+        [paths.make(folder) for folder in folders],
+        paths.make(_WORKDIR.value or ".") / "compare.html",
+    )
+
+
 def _with_own_config(argv: list[str]) -> list[str]:
     """A mode that takes the run's configuration reads its own keys alone of the command line."""
     mode = next((a.partition("=")[2] for a in argv[::-1] if re.match("--?mode=", a)), "")
-    if mode not in ("export", "embed", "evaluate"):
+    if mode not in ("export", "embed", "evaluate", "search", "serve"):
         return argv
     # A job of several processes evaluates with the flags it trained with; they are its own.
     for argument in argv[1:] if mode != "evaluate" else ():

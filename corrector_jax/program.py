@@ -219,7 +219,8 @@ class Program:
             corrector=self.method.corrector,
             place=self.place,
         )
-        return self.place.jit_step(step, (self.state_sharding, self.place.everywhere), donate=(0,))
+        out = (self.state_sharding, self.place.everywhere, self.place.everywhere)
+        return self.place.jit_step(step, out, donate=(0,))
 
     def initial(self, params: PyTree) -> TrainState:
         """Step 0 as a pure function of the encoders' parameters; None = random ones."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,12 @@ from corrector_jax.export import write_final
 from corrector_jax.job import Job
 from corrector_jax.paths import AnyPath
 from corrector_jax.ranking import METRICS, paired_bootstrap, read_trec
+from corrector_jax.report import staleness
 from corrector_jax.report.page import write_report
+from corrector_jax.report.plots import LIGHT, png
 from corrector_jax.report.words import summary_table
 from corrector_jax.types import PyTree
-from corrector_jax.writer import say
+from corrector_jax.writer import say, write_pictures
 
 EXAMPLES = 5
 """Queries whose results before and after are shown in the report."""
@@ -47,11 +50,33 @@ def finish(
     # The report shows wall_seconds up to itself; results.json then counts the report too.
     stamp(summary, workdir, started)
     path = write_report(workdir)
+    if job.config.log.tensorboard:
+        write_pictures(workdir, pictures(workdir, position.step))
     stamp(summary, workdir, started)
     say("\n" + summary_table(summary))
     say(f"\nencoders: {final}")
     say(f"report: {path}")
     return path
+
+
+def pictures(workdir: AnyPath, step: int) -> Iterator[tuple[int, str, bytes]]:
+    """The report's pictures for TensorBoard, and each sample of targets at its own step.
+
+    Args:
+      workdir: the run's folder, with its report.
+      step: steps done.
+
+    Yields:
+      (step, name, content of a PNG file).
+    """
+    drawn = {path.name: path.read_bytes() for path in (workdir / "plots").iterdir()}
+    for name in sorted(drawn):
+        yield step, f"report/{name.removesuffix('.png')}", drawn[name]
+    samples = staleness.read_samples(workdir)
+    # Each on the axes of the last, so that the slider shows targets moving.
+    for sample in staleness.chosen(samples):
+        panel = staleness.draw_samples([sample, samples[-1]], LIGHT, shown=1)
+        yield sample.step, "drift/targets", png(panel)
 
 
 def stamp(summary: dict[str, Any], workdir: AnyPath, started: float) -> None:
@@ -89,6 +114,7 @@ def results(job: Job, workdir: AnyPath, position: Position) -> dict[str, Any]:
             "train_queries": len(job.data.splits["train"].texts),
             "eval_queries": records["after"]["queries"],
             "eval_split": job.final_split,
+            "corpus": job.made_by["corpus"],
         },
         "encoder": {
             "source": job.origin.source,
@@ -106,6 +132,7 @@ def results(job: Job, workdir: AnyPath, position: Position) -> dict[str, Any]:
         },
         "distribution": distribution or nothing,
         "ledger": {**position.ledger, "corpus_passes": round(passes, 4)},
+        "times": {purpose: round(spent, 2) for purpose, spent in position.times.items()},
         "wall_seconds": 0.0,
         "examples_per_second": round(
             position.step * job.config.train.batch_size / max(position.train_seconds, 1e-9), 2

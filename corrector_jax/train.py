@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from corrector_jax import config as configs
-from corrector_jax import distributed, paths, rng
+from corrector_jax import distributed, paths, rng, staleness
 from corrector_jax.cache import TargetCache
 from corrector_jax.checkpoint import Checkpoints, Position
 from corrector_jax.data import order
@@ -36,6 +36,7 @@ from corrector_jax.preemption import PreemptedError, Preemption
 from corrector_jax.refresh import CacheWriter
 from corrector_jax.results import finish
 from corrector_jax.state import TrainState
+from corrector_jax.trace import Trace
 from corrector_jax.types import Array, Batch, UserError
 from corrector_jax.writer import Silence, StepLog, Writer, progress, say
 
@@ -69,6 +70,16 @@ class Run:
     writer: Writer
     log: StepLog
     started: float
+
+    @contextlib.contextmanager
+    def timed(self, purpose: str) -> Iterator[None]:
+        """Counts the seconds of a block in the position, under what they are spent on."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            spent = time.monotonic() - began
+            self.position.times[purpose] = self.position.times.get(purpose, 0.0) + spent
 
     def check(self) -> None:
         """Called between two steps and two blocks, by all processes equally often.
@@ -183,10 +194,12 @@ def train(config: ConfigDict, workdir: AnyPath, *, started: float) -> AnyPath:
                 log, started,
             )  # fmt: skip
             if not resumes:
-                cache = before(run, state, cache)
+                with run.timed("evaluate"):
+                    cache = before(run, state, cache)
                 save(run, state, cache)
             state, cache = loop(run, state, cache)
-            after(run, state, cache)
+            with run.timed("evaluate"):
+                after(run, state, cache)
         params = job.place.fetch(state.params)
         with watch.resting():
             if lead:
@@ -223,8 +236,10 @@ def loop(
         lambda step: place_batch(job, step), range(position.step, config.train.steps + 1)
     )
     upcoming = next(batches)
+    traced = configs.profiled(config) if distributed.is_lead() else range(0)
     with (
         contextlib.closing(batches),
+        Trace(run.workdir, traced) as trace,
         progress("training", config.train.steps, "steps", done=position.step) as advance,
     ):
         while True:
@@ -237,32 +252,39 @@ def loop(
                 raise
             if step == config.train.steps:
                 return state, cache
-            if fit_fn and is_fit_due(run):
-                state = fit(run, fit_fn, state, cache)
-            if cache is not None and is_probe_due(run):
-                state = probe(run, probe_fn, state, cache)
-            if lengths_fn and is_measuring_due(run):
-                state, cache = lengths_fn(state, cache)
+            with run.timed("probe"):
+                if fit_fn and is_fit_due(run):
+                    state = fit(run, fit_fn, state, cache)
+                if cache is not None and is_probe_due(run):
+                    state = probe(run, probe_fn, state, cache)
+                if lengths_fn and is_measuring_due(run):
+                    state, cache = lengths_fn(state, cache)
+            trace.begin(step)
             entered = time.monotonic()
-            batch = run.lookahead.join(upcoming, state, cache)
-            upcoming = next(batches)
-            run.lookahead.start(upcoming, state, cache)
-            key = job.place.put_everywhere(rng.key(config.seed, "step", step))
-            # Nothing moves between host and device unasked: a step that waits is a bug.
-            with jax.transfer_guard("disallow"):
-                state, cache, measured = step_fn(state, cache, job.tokens, batch, key)
-            position.step = step + 1
-            position.ledger["encoded_with_grad"] += job.encoded_per_step
-            position.ledger["encoded_without_grad"] += job.method.uniform_rows
-            position.ledger["refresh"] += job.method.cache_policy.rows
-            # Reads the metrics of the step before, while this one runs.
-            rate = float(rates[step // config.train.accumulate])
-            note = run.log.add(
-                position.step, measured, {"learning_rate": rate}, position.train_seconds
-            )
-            if is_boundary(run):
-                note = run.log.flush()  # what follows takes long: the step's own time ends here
+            with run.timed("wait for the batch"):
+                batch = run.lookahead.join(upcoming, state, cache)
+                upcoming = next(batches)
+                run.lookahead.start(upcoming, state, cache)
+            with run.timed("step"):
+                key = job.place.put_everywhere(rng.key(config.seed, "step", step))
+                # Nothing moves between host and device unasked: a step that waits is a bug.
+                with jax.transfer_guard("disallow"), trace.annotated(step):
+                    state, cache, measured = step_fn(state, cache, job.tokens, batch, key)
+                position.step = step + 1
+                position.ledger["encoded_with_grad"] += job.encoded_per_step
+                position.ledger["encoded_without_grad"] += job.method.uniform_rows
+                position.ledger["refresh"] += job.method.cache_policy.rows
+                # Reads the metrics of the step before, while this one runs.
+                rate = float(rates[step // config.train.accumulate])
+                note = run.log.add(
+                    position.step, measured, {"learning_rate": rate}, position.train_seconds
+                )
+                if is_boundary(run) or trace.is_last(step):
+                    note = run.log.flush()  # what follows takes long: the step's own time ends here
             position.train_seconds += time.monotonic() - entered
+            if trace.is_last(step):
+                made = step_fn.lower(state, cache, job.tokens, batch, key).compile()
+                trace.end(step, made.as_text() or "")
             advance(1, note)
 
 
@@ -297,12 +319,14 @@ def between(
     run.check()
     ends, every = step == config.train.steps, config.eval.every
     if every and step and step % every == 0 and not ends and str(step) not in position.dev:
-        position.dev[str(step)] = during(run, state, cache)
+        with run.timed("evaluate"):
+            position.dev[str(step)] = during(run, state, cache)
     if step and (ends or step % config.checkpoint.every == 0):
         save(run, state, cache)
     if cache is None or ends or not run.job.refresh_policy.is_due(step, position.error):
         return state, cache
-    return refresh_cache(run, state, cache)
+    with run.timed("refresh"):
+        return refresh_cache(run, state, cache)
 
 
 def save(run: Run, state: TrainState, cache: TargetCache | None) -> None:
@@ -312,14 +336,15 @@ def save(run: Run, state: TrainState, cache: TargetCache | None) -> None:
     run.lock.verify()
     saved = run.position.cache
     changed = saved is None or saved["step"] != run.position.step
-    if cache is not None and run.job.method.cache_policy.rewrites and changed:
-        run.position.cache = save_cache(run, state, cache)
-    run.log.flush()
-    run.position.log = run.log.state()
-    run.position.candidates = run.lookahead.candidates()
-    run.position.seconds = time.monotonic() - run.started
-    run.position.metrics = run.writer.sync()
-    run.checkpoints.save(state, run.position)
+    with run.timed("save"):
+        if cache is not None and run.job.method.cache_policy.rewrites and changed:
+            run.position.cache = save_cache(run, state, cache)
+        run.log.flush()
+        run.position.log = run.log.state()
+        run.position.candidates = run.lookahead.candidates()
+        run.position.seconds = time.monotonic() - run.started
+        run.position.metrics = run.writer.sync()
+        run.checkpoints.save(state, run.position)
 
 
 def skipped(job: Job, workdir: AnyPath, position: Position, step: int) -> None:
@@ -400,7 +425,8 @@ def before(run: Run, state: TrainState, cache: TargetCache | None) -> TargetCach
     """
     job, position = run.job, run.position
     if distributed.is_lead():
-        paths.remove(run.workdir / "eval")  # of a run that never got to step 0
+        for name in ("eval", "drift"):
+            paths.remove(run.workdir / name)  # of a run that never got to step 0
     with run.watch.resting():
         match_words(job, run.workdir)
     position.ledger["evaluation"] += references(job, run.workdir, also=[run])
@@ -531,9 +557,13 @@ def probe(
     Returns:
       The state.
     """
-    job = run.job
-    state, measured = probe_fn(state, cache, job.tokens, job.probe_queries, job.probe_ids)
-    values = means(jax.device_get(measured))
+    job, config = run.job, run.job.config
+    state, *out = probe_fn(state, cache, job.tokens, job.probe_queries, job.probe_ids)
+    measured, sample = jax.device_get(out)
+    every, steps = config.corrector.probe_every, config.train.steps
+    if staleness.is_kept(run.position.step, every=every, steps=steps):
+        staleness.keep_sample(run.workdir, run.position.step, sample)
+    values = means(measured)
     named = {f"probe/{name}": value for name, value in values.items()}
     run.writer.scalars(run.position.step, named)
     run.position.ledger["encoded_without_grad"] += job.probe_ids.size
@@ -575,6 +605,7 @@ def after(run: Run, state: TrainState, cache: TargetCache | None) -> None:
       state: the trained state.
       cache: the cache, or None.
     """
+    watched = None if cache is None else staleness.Watched(run.job, state)
     result = evaluate(
         run.job,
         state.params,
@@ -582,10 +613,12 @@ def after(run: Run, state: TrainState, cache: TargetCache | None) -> None:
         splits=splits(run.job),
         cache=cache,
         psi=state.corrector.gated,
-        also=[run],
+        also=[run] if watched is None else [run, watched],
     )
     run.position.ledger["evaluation"] += result.encoded
     keep(run, "after", result)
+    if watched is not None and cache is not None:
+        watched.write(run.workdir, run.position.step, state, cache)
 
 
 def keep(run: Run, name: str, result: Evaluated) -> None:

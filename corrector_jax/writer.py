@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +168,35 @@ class _Events:
     def close(self) -> None:
         with contextlib.suppress(OSError):  # a full disk: said already
             self._writer.close()
+
+
+def write_pictures(workdir: AnyPath, pictures: Iterable[tuple[int, str, bytes]]) -> None:
+    """Writes pictures for TensorBoard, in place of those that were there.
+
+    Args:
+      workdir: where events go.
+      pictures: (step, name, content of a PNG file) of each.
+    """
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.summary_pb2 import Summary
+
+    for there in [path for path in workdir.iterdir() if path.name.startswith("pictures.out.")]:
+        paths.remove(there)
+    with tempfile.TemporaryDirectory() as folder:
+        events = EventsWriter(f"{folder}/pictures")
+        for step, name, content in pictures:
+            width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
+            image = Summary.Image(
+                height=height, width=width, colorspace=3, encoded_image_string=content
+            )
+            value = Summary.Value(tag=name, image=image)
+            events.write_event(
+                Event(step=step, wall_time=time.time(), summary=Summary(value=[value]))
+            )
+        events.close()
+        for path in Path(folder).iterdir():
+            paths.write(workdir / path.name, path.read_bytes())
 
 
 class StepLog:

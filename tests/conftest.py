@@ -6,8 +6,10 @@ under it too.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,34 @@ def _eight_devices() -> None:
     import jax
 
     assert jax.device_count() == DEVICES, f"tests need {DEVICES} devices, jax has {jax.devices()}"
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that a test makes itself draw nothing: twenty pictures take longer than training."""
+    if results := sys.modules.get("corrector_jax.results"):
+        monkeypatch.setattr(results, "write_report", lambda workdir: workdir / "report.html")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of a finished tiny run of the method; who changes it makes a copy.
+
+    One of its targets, t0, is hostile to whoever shows it.
+    """
+    from corrector_jax.train import train
+    from tests import tiny
+
+    folder = tmp_path_factory.mktemp("finished")
+    tiny.overrides(folder)
+    corpus = folder / "data" / "corpus.jsonl"
+    first, *others = corpus.read_text().splitlines(keepends=True)
+    record = json.loads(first)
+    record["text"] += f" {tiny.HOSTILE}"
+    corpus.write_text("".join([json.dumps(record) + "\n", *others]))
+    config = tiny.config(folder, profile__steps="5:7")
+    train(config, folder / "run", started=time.monotonic())
+    return folder / "run"
 
 
 @pytest.fixture(scope="session")

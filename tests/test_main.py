@@ -63,6 +63,7 @@ def test_a_bad_value_ends_with_code_2_one_line_and_no_traceback():
         ([], "--config is missing"),
         ([QUICKSTART, "--mode=dance"], "write train, evaluate, prepare_data, check_data, compile"),
         (["--mode=evaluate", "--workdir=/nowhere/at/all"], "config.json"),
+        (["--mode=compare", "/nowhere/at/all"], "two or more folders of runs"),
         ([QUICKSTART, f"--workdir={ROOT / 'setup.py'}/run"], "--workdir"),
     ):
         done = command(*arguments)
@@ -88,7 +89,7 @@ def test_compiled_programs_are_kept(tmp_path):
 
 def test_modes_on_a_finished_run_take_its_configuration(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for mode in ("export", "embed"):
+    for mode in ("export", "embed", "search", "serve"):
         own = main._with_own_config(["main", f"--mode={mode}", f"--config.{mode}.path=x"])
         assert own[1] == f"--config={configs.__file__}"
         with pytest.raises(main.UserError, match=rf"seed cannot be set under --mode={mode}"):

@@ -271,10 +271,10 @@ def test_runs_with_mined_negatives_resume_to_the_same_bytes(folder, negatives, n
     config = config_of(folder, negatives__path=str(negatives), **RUNS[name])
     drawn, mined = (3, 3) if name == "mined" else (4, 2)
     with monkeypatch.context() as patched:
-        if name == "mix":  # one report is enough: it takes longer than the run
+        if name == "mix":  # one summary is enough
             patched.setattr("corrector_jax.train.finish", lambda *arguments: None)
         train(config, folder / name, started=time.monotonic())
-    assert (folder / name / "report.html").exists() == (name == "mined")
+    assert (folder / name / "results.json").exists() == (name == "mined")
     with Checkpoints.readable(folder / name) as checkpoints:
         ledger = checkpoints.read(8)[0].ledger
     assert ledger["initial"] == (0 if name == "mined" else tiny.TARGETS)

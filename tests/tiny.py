@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from corrector_jax import config as configs
 
 WORDS = [f"{a}{b}" for a in "bcdfghklmnprst" for b in ("a", "e", "i", "o", "u", "an", "el")]
+HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'> \x1b[31mred"
 TARGETS, TRAIN, HELD_OUT = 67, 40, 12  # prime: nothing divides it
 
 

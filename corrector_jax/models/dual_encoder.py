@@ -176,12 +176,14 @@ class DualEncoder:
 
     def encode_queries(self, params: PyTree, tokens: ArrayLike) -> Array:
         """f: [B, T] integer tokens -> [B, D] float32; scaled by the ratio where beta is learned."""
-        queries = self._encode(params["shared" if self.shared else "query"], tokens)
+        with jax.named_scope("encode_queries"):
+            queries = self._encode(params["shared" if self.shared else "query"], tokens)
         return queries * self.beta_ratio(params) if self.learn_beta else queries
 
     def encode_targets(self, params: PyTree, tokens: ArrayLike) -> Array:
         """g: [B, T] integer tokens -> [B, D] float32."""
-        return self._encode(params["shared" if self.shared else "target"], tokens)
+        with jax.named_scope("encode_targets"):
+            return self._encode(params["shared" if self.shared else "target"], tokens)
 
     def axes(self) -> Axes:
         """What the axes of the large parameters are, for those who split them."""

@@ -5,16 +5,18 @@ Everything is a function of the files in the workdir. Whatever a run did not log
 
 from __future__ import annotations
 
-import base64
+import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from corrector_jax import paths
 from corrector_jax.paths import AnyPath
 from corrector_jax.ranking import METRICS
-from corrector_jax.report.plots import DARK, LIGHT, PLOTS, Plot, png
+from corrector_jax.report import staleness
+from corrector_jax.report.parts import figure, table, whole
+from corrector_jax.report.plots import PLOTS, bars
 from corrector_jax.report.words import (
     baseline_sentence,
     cache_sentence,
@@ -65,90 +67,75 @@ def write_report(workdir: AnyPath) -> AnyPath:
     examples = read_json(workdir / "examples.json") or []
     series, unreadable = read_metrics(workdir / "metrics.jsonl")
 
-    figures = []
-    for plot in PLOTS:
-        light, dark = (png(plot.draw(series, results, theme)) for theme in (LIGHT, DARK))
-        paths.write(workdir / "plots" / f"{plot.name}.png", light)
-        figures.append(_figure_html(plot, light, dark))
-    page = _page(results, config, examples, figures, unreadable)
+    figures = [
+        figure(
+            workdir, plot.name, plot.title, plot.caption,
+            functools.partial(plot.draw, series, results),
+        )
+        for plot in PLOTS
+    ]  # fmt: skip
+    if profile := read_json(workdir / "profile.json"):
+        figures.append(_profile(workdir, profile))
+    looked_at = _staleness(workdir)
+    page = _page(results, config, examples, figures, looked_at, unreadable)
     path = workdir / "report.html"
     paths.write(path, page.encode("utf-8", errors="replace"))
     return path
 
 
-_STYLE = """
-:root { color-scheme: light dark; --paper: #ffffff; --ground: #f5f6f8; --ink: #1d2126;
-  --faint: #5d6670; --line: #dde1e6; --accent: #0072b2; --mark: #e7f3ea; --mark-ink: #1b6b3a; }
-@media (prefers-color-scheme: dark) { :root { --paper: #171a1f; --ground: #0f1114;
-  --ink: #e6e9ed; --faint: #9aa4af; --line: #2d333b; --accent: #56b4e9; --mark: #16281d;
-  --mark-ink: #7fd6a0; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--ink);
-  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main { max-width: 68rem; margin: 0 auto; padding: 3rem 1.25rem 4rem; }
-h1 { font-size: clamp(1.7rem, 5vw, 2.5rem); line-height: 1.15; margin: 0; letter-spacing: -.02em;
-  overflow-wrap: anywhere; }
-h2 { font-size: 1.25rem; margin: 3rem 0 .5rem; letter-spacing: -.01em; }
-h3 { font-size: 1rem; margin: 0; }
-p { max-width: 46rem; margin: .5rem 0; }
-.kind, .note, figcaption, .side, dt { color: var(--faint); font-size: .875rem; }
-.kind { margin: 0 0 .25rem; }
-.lede { font-size: 1.125rem; margin: 1.25rem 0 0; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 1rem;
-  margin: 2rem 0 0; }
-.tiles > div, figure, .card { background: var(--paper); border: 1px solid var(--line);
-  border-radius: .6rem; }
-.tiles > div { padding: .9rem 1.1rem; }
-.tiles dd { margin: 0; }
-.tiles dd.value { font-size: 1.5rem; line-height: 1.35; font-variant-numeric: tabular-nums; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .5rem .9rem; text-align: right; border-bottom: 1px solid var(--line);
-  white-space: nowrap; }
-tr:last-child > * { border-bottom: 0; }
-thead th { color: var(--faint); font-weight: 500; font-size: .875rem; }
-th:first-child { text-align: left; font-weight: 400; }
-tbody th.words { white-space: normal; min-width: 15rem; }
-tr.total > * { font-weight: 600; }
-td b { color: var(--accent); }
-td small { display: block; color: var(--faint); font-size: .75rem; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr));
-  gap: 1rem; }
-figure { margin: 0; padding: 1rem; }
-figure img { display: block; width: 100%; height: auto; margin: .5rem 0; }
-.example { padding: 1rem 1.1rem; margin: 1rem 0; }
-.example h3 { white-space: pre-wrap; overflow-wrap: anywhere; }
-.sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr));
-  gap: 1.25rem; margin-top: .75rem; }
-.sides > section { min-width: 0; }
-h4 { font-size: .875rem; margin: 0 0 .4rem; font-weight: 600; }
-ol { list-style: none; margin: 0; padding: 0; }
-li { border-left: 3px solid var(--line); padding: .1rem 0 .1rem .75rem; margin: 0 0 .75rem; }
-li.relevant { border-color: var(--mark-ink); }
-.badge { background: var(--mark); color: var(--mark-ink); border-radius: 1rem;
-  padding: .05rem .55rem; font-size: .8125rem; font-weight: 600; margin-left: .4rem; }
-.side { font-variant-numeric: tabular-nums; }
-pre { font: .8125rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
-  margin: .15rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 11.5rem;
-  overflow-y: auto; }
-details { padding: .9rem 1.1rem; }
-summary { cursor: pointer; font-weight: 600; }
-details pre { max-height: none; margin-top: .75rem; }
-details.positives { padding: 0; margin-top: .25rem; }
-details.positives summary { font-weight: 400; font-size: .875rem; color: var(--faint); }
-footer { margin-top: 3rem; }
-@media (max-width: 40rem) {
-  main { padding: 1.5rem 1rem 3rem; }
-  .lede { font-size: 1.0625rem; }
-  .tiles { grid-template-columns: 1fr 1fr; gap: .6rem; }
-  .tiles > div { padding: .7rem .8rem; }
-  .tiles dd.value { font-size: 1.125rem; white-space: nowrap; }
-  th, td, thead th { padding: .4rem .5rem; font-size: .8125rem; }
-  tbody th.words { min-width: 7rem; }
-  th:first-child { position: sticky; left: 0; background: var(--paper); }
-  td small { white-space: normal; width: 4.5rem; margin-left: auto; }
-}
-""".strip()
+def _profile(workdir: AnyPath, profile: Mapping[str, Any]) -> str:
+    """The picture of a trace of some steps."""
+    first, end = profile["steps"]
+    caption = (
+        f"Device time of a step by parts of the method, means over steps {first:,} to {end - 1:,} "
+        "and all threads or devices together: from the trace in profile/, which TensorBoard opens."
+    )
+    parts = list(profile["seconds_per_step"].items())
+    draw = functools.partial(bars, parts=parts, unit="seconds of a step", missing="profile")
+    return figure(workdir, "step", "Where a step's time goes", caption, draw)
+
+
+def _staleness(workdir: AnyPath) -> str:
+    """The pictures of what `corrector_jax.staleness` kept; empty where nothing was."""
+    parts = []
+    if samples := staleness.chosen(staleness.read_samples(workdir)):
+        caption = (
+            f"{len(samples[-1].fresh)} targets of the probe in two dimensions, the same in every "
+            "panel: the two principal components of the stale and the fresh rows of the last step. "
+            "A line joins what the cache holds of a target to where the encoder puts it now. Two "
+            "dimensions show less than all: the figures above a panel are squared errors over the "
+            "full vectors."
+        )
+        parts.append(
+            figure(
+                workdir, "targets", "Where the targets went", caption,
+                functools.partial(staleness.draw_samples, samples), wide=True,
+            )
+        )  # fmt: skip
+    softmaxes = read_json(workdir / "softmax.json")
+    if softmaxes and softmaxes.get("queries"):
+        caption = (
+            "The softmax of held-out queries at the end, exactly over all targets: its heaviest "
+            "targets from the left. Grey: fresh. Coloured: what the cache gives the same target. "
+            "Missed is the share of the fresh softmax that lies elsewhere, the total variation "
+            "distance: so many of the draws go to the wrong targets."
+        )
+        parts.append(
+            figure(
+                workdir, "softmax", "What the cache misses", caption,
+                functools.partial(staleness.draw_softmaxes, softmaxes), wide=True,
+            )
+        )  # fmt: skip
+        rows = [
+            (escape(query["query"]), [f"{100 * query['missed'][name]:.1f} %" for name in _CACHES])
+            for query in softmaxes["queries"]
+        ]
+        label = "Softmax mass that is missed"
+        parts.append(table(label, ["query", "missed, stale", "missed, corrected"], rows))
+    return f'<div class="pictures">\n{"".join(parts)}\n</div>' if parts else ""
+
+
+_CACHES = ("stale", "corrected")
 
 
 def _page(
@@ -156,6 +143,7 @@ def _page(
     config: Mapping[str, Any],
     examples: Sequence[Mapping[str, Any]],
     figures: Sequence[str],
+    looked_at: str,
     unreadable: int,
 ) -> str:
     """The whole page."""
@@ -169,19 +157,9 @@ def _page(
         kl_sentence(results),
     ]
     skipped = f" Unreadable lines of metrics.jsonl left out: {unreadable}." if unreadable else ""
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-{_STYLE}
-</style>
-</head>
-<body>
-<main>
-<header>
+    return whole(
+        title,
+        f"""<header>
 <p class="kind">Training report</p>
 <h1>{title}</h1>
 <p class="note">{escape(_setting(results))}</p>
@@ -199,6 +177,7 @@ def _page(
 divergence from the fresh softmax to the one over the cache, and the squared error of the embeddings
 relative to their squared norm.</p>
 {_distribution_table(results)}
+{looked_at}
 </section>
 <section>
 <h2>Targets encoded</h2>
@@ -226,11 +205,8 @@ relative to their squared norm.</p>
 <footer>
 <p class="note">Drawn from the files of this folder alone.{skipped} The method: A Fresh Take on
 Stale Embeddings, arXiv 2409.01890.</p>
-</footer>
-</main>
-</body>
-</html>
-"""
+</footer>""",
+    )
 
 
 def _setting(results: Mapping[str, Any]) -> str:
@@ -305,30 +281,13 @@ def _tiles(results: Mapping[str, Any]) -> str:
     return f'<dl class="tiles">\n{cells}\n</dl>'
 
 
-def _table(
-    label: str, head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]], total: str = ""
-) -> str:
-    """A table of HTML cells; the first column names the row, `total` is the row to set apart."""
-    columns = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    body = "\n".join(
-        f'<tr class="{"total" if name == total else ""}"><th scope="row" class="words">{name}</th>'
-        + "".join(f"<td>{cell}</td>" for cell in cells)
-        + "</tr>"
-        for name, cells in rows
-    )
-    return (
-        f'<div class="scroll card" role="region" aria-label="{escape(label)}" tabindex="0">\n'
-        f"<table>\n<thead><tr>{columns}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>\n</div>"
-    )
-
-
 def _results_table(results: Mapping[str, Any]) -> str:
     systems = measured(results)
     # As shown: what the digits do not tell apart is equally good.
-    table = [[round(finite(row, metric) or 0, 3) for metric in METRICS] for _, row in systems]
-    best = [max(column) for column in zip(*table, strict=True)]
+    shown = [[round(finite(row, metric) or 0, 3) for metric in METRICS] for _, row in systems]
+    best = [max(column) for column in zip(*shown, strict=True)]
     rows = []
-    for (label, metrics), values in zip(systems, table, strict=True):
+    for (label, metrics), values in zip(systems, shown, strict=True):
         cells = [number(finite(metrics, metric)) for metric in METRICS]
         bold = [value == top > 0 for value, top in zip(values, best, strict=True)]
         marked = [f"<b>{cell}</b>" if b else cell for cell, b in zip(cells, bold, strict=True)]
@@ -341,7 +300,7 @@ def _results_table(results: Mapping[str, Any]) -> str:
             for gain in gains
         ]
         rows.append(("after minus before, 95 % interval", cells))
-    return _table("Retrieval measures", ["", *METRICS], rows)
+    return table("Retrieval measures", ["", *METRICS], rows)
 
 
 def _distribution_table(results: Mapping[str, Any]) -> str:
@@ -364,7 +323,7 @@ def _distribution_table(results: Mapping[str, Any]) -> str:
             ],
         ),
     ]
-    return _table("Staleness", ["", "KL (nats)", "squared error"], rows)
+    return table("Staleness", ["", "KL (nats)", "squared error"], rows)
 
 
 def _ledger_table(results: Mapping[str, Any]) -> str:
@@ -382,21 +341,9 @@ def _ledger_table(results: Mapping[str, Any]) -> str:
     head = ["", "targets", "times the corpus", "share"]
     passes = number(finite(results, "ledger", "corpus_passes"), 2)
     return (
-        _table("Targets encoded", head, rows, total="all")
+        table("Targets encoded", head, rows, total="all")
         + f'\n<p class="note">Passes over the corpus for the cache (first snapshot and refreshes): '
         f"{passes}.</p>"
-    )
-
-
-def _figure_html(plot: Plot, light: bytes, dark: bytes) -> str:
-    first, second = (base64.b64encode(content).decode() for content in (light, dark))
-    width, height = (int.from_bytes(light[at : at + 4], "big") for at in (16, 20))
-    return (
-        f"<figure>\n<h3>{escape(plot.title)}</h3>\n<picture>"
-        f'<source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{second}">'
-        f'<img alt="{escape(plot.title)}" width="{width}" height="{height}" '
-        f'src="data:image/png;base64,{first}">'
-        f"</picture>\n<figcaption>{escape(plot.caption)}</figcaption>\n</figure>\n"
     )
 
 

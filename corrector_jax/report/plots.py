@@ -1,4 +1,4 @@
-"""The four drawings of a report, from the logged series and `results.json`.
+"""The drawings of a report, from the logged series and `results.json`.
 
 What a run did not log is named in words where it would have been drawn.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 import textwrap
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,6 +32,7 @@ class Theme(NamedTuple):
       corrected: what was corrected, and the trained encoder.
       stale: the cache as it is.
       reference: systems to compare with.
+      veil: what stands behind something else, and must be seen all the same.
     """
 
     paper: str
@@ -40,10 +42,13 @@ class Theme(NamedTuple):
     corrected: str
     stale: str
     reference: str
+    veil: str
 
 
-LIGHT = Theme("#ffffff", "#1d2126", "#5d6670", "#e4e7eb", "#0072b2", "#d55e00", "#5d6670")
-DARK = Theme("#171a1f", "#e6e9ed", "#9aa4af", "#2d333b", "#56b4e9", "#e69f00", "#9aa4af")
+LIGHT = Theme(
+    "#ffffff", "#1d2126", "#5d6670", "#e4e7eb", "#0072b2", "#d55e00", "#5d6670", "#c6ccd3"
+)
+DARK = Theme("#171a1f", "#e6e9ed", "#9aa4af", "#2d333b", "#56b4e9", "#e69f00", "#9aa4af", "#4a535e")
 """The themes; `plots/*.png` are light."""
 
 
@@ -84,8 +89,50 @@ def _canvas(theme: Theme, panels: int = 1) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def _line(ax: Axes, steps: np.ndarray, values: np.ndarray, **style: Any) -> None:
-    """A line, with markers where the points are few enough to be seen."""
+def bare(
+    theme: Theme, *, width: float, height: float, columns: int = 1, rows: int = 1
+) -> tuple[Figure, list[Axes]]:
+    """A figure whose panels share no axis.
+
+    Args:
+      theme: colours.
+      width: inches.
+      height: inches.
+      columns: panels side by side.
+      rows: of them, one below the other.
+
+    Returns:
+      The figure, and its panels row by row.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=130, facecolor=theme.paper, layout="constrained")
+    axes = list(np.ravel(figure.subplots(rows, columns, squeeze=False)))
+    for ax in axes:
+        ax.set_facecolor(theme.paper)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.spines[["left", "bottom"]].set_color(theme.faint)
+        ax.tick_params(colors=theme.faint, labelcolor=theme.ink, labelsize=9)
+        ax.set_axisbelow(True)
+    return figure, axes
+
+
+def title(ax: Axes, theme: Theme, words: str, aside: str) -> None:
+    """What a panel shows, and below it a figure or two."""
+    ax.set_title(f"{words}\n", color=theme.ink, fontsize=9.5, loc="left", linespacing=1.35)
+    ax.text(0, 1.03, aside, color=theme.faint, fontsize=9, transform=ax.transAxes)
+
+
+def percent_axis(ax: Axes) -> None:
+    """Shares along the upright axis, as whole percents."""
+    from matplotlib.ticker import MaxNLocator
+
+    ax.yaxis.set_major_locator(MaxNLocator(4))
+    ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
+
+
+def line(ax: Axes, steps: np.ndarray, values: np.ndarray, **style: Any) -> None:
+    """A line through values [n] at steps [n], with markers where they are few enough to be seen."""
     ax.plot(steps, values, marker="o" if len(steps) <= 40 else None, markersize=4, **style)
 
 
@@ -141,7 +188,7 @@ def _draw_loss(series: Series, results: Mapping[str, Any], theme: Theme) -> Figu
         steps, loss = series["train/loss"]
         kernel = np.ones(2 * (len(loss) // 40) + 1)  # a twentieth of the run, centred
         if len(kernel) == 1:
-            _line(ax, steps, loss, color=theme.corrected, linewidth=2, label="as logged")
+            line(ax, steps, loss, color=theme.corrected, linewidth=2, label="as logged")
         else:
             kept = np.convolve(np.ones(len(loss)), kernel, "same")  # fewer at both ends
             smooth = np.convolve(loss, kernel, "same") / kept
@@ -169,7 +216,7 @@ def _draw_drift(series: Series, results: Mapping[str, Any], theme: Theme) -> Fig
             drawn.append(values)
         if f"probe/{key}" in series:
             steps, values = series[f"probe/{key}"]
-            _line(ax, steps, values, color=colour, linewidth=2, label=f"{name}, probe")
+            line(ax, steps, values, color=colour, linewidth=2, label=f"{name}, probe")
             drawn.append(values)
     if drawn:
         _log_if_wide(ax, drawn)
@@ -189,7 +236,7 @@ def _draw_kl(series: Series, results: Mapping[str, Any], theme: Theme) -> Figure
     ):
         if f"probe/{key}" in series:
             steps, values = series[f"probe/{key}"]
-            _line(ax, steps, values, color=colour, linewidth=2, label=f"{name}, probe")
+            line(ax, steps, values, color=colour, linewidth=2, label=f"{name}, probe")
             drawn.append(values)
         else:
             missing.append(f"probe/{key}")
@@ -206,6 +253,87 @@ def _draw_kl(series: Series, results: Mapping[str, Any], theme: Theme) -> Figure
         _legend(ax, theme)
     _say_missing(ax, theme, missing, empty=not drawn)
     return figure
+
+
+def _draw_overlap(series: Series, results: Mapping[str, Any], theme: Theme) -> Figure:
+    figure, (ax,) = _canvas(theme)
+    ax.set_ylabel("share of the fresh first 10", color=theme.ink, fontsize=10)
+    missing = []
+    for key, name, colour in (
+        ("overlap_stale", "stale cache, probe", theme.stale),
+        ("overlap_corrected", "corrected cache, probe", theme.corrected),
+    ):
+        if f"probe/{key}" in series:
+            steps, values = series[f"probe/{key}"]
+            line(ax, steps, values, color=colour, linewidth=2, label=name)
+        else:
+            missing.append(f"probe/{key}")
+    if len(missing) < 2:
+        ax.set_ylim(0, 1.02)
+        _legend(ax, theme)
+    _say_missing(ax, theme, missing, empty=len(missing) == 2)
+    return figure
+
+
+def _draw_ledger(series: Series, results: Mapping[str, Any], theme: Theme) -> Figure:
+    parts = [(words, finite(results, "ledger", key)) for key, words in LEDGER]
+    return bars(theme, parts, "targets encoded", missing="ledger")
+
+
+def _draw_times(series: Series, results: Mapping[str, Any], theme: Theme) -> Figure:
+    spent = results.get("times") or {}
+    parts = [(words, finite(spent, words)) for words in spent]
+    whole = finite(results, "wall_seconds")
+    if parts and whole is not None:
+        rest = whole - sum(value or 0 for _, value in parts)
+        parts.append(("loading, compiling, reporting", max(rest, 0.0)))
+    return bars(theme, parts, "seconds", missing="times")
+
+
+def bars(
+    theme: Theme, parts: Sequence[tuple[str, float | None]], unit: str, *, missing: str
+) -> Figure:
+    """Lying bars, each with its figure and its share of all.
+
+    Args:
+      theme: colours.
+      parts: (words, value); None is left out.
+      unit: of the values.
+      missing: named where there is nothing to draw.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure, (ax,) = _canvas(theme)
+    known = [(words, value) for words, value in parts if value is not None]
+    total = sum(value for _, value in known)
+    if not total:
+        _say_missing(ax, theme, [missing], empty=True)
+        return figure
+    names = [textwrap.fill(words, 20) for words, _ in known][::-1]
+    values = [value for _, value in known][::-1]
+    drawn = ax.barh(names, values, color=theme.corrected, height=0.62)
+    shown = [f"{_short(value)}  ({100 * value / total:.0f} %)" for value in values]
+    ax.bar_label(drawn, shown, padding=4, color=theme.ink, fontsize=9)
+    ax.set_xlim(0, 1.42 * max(values))
+    ax.grid(visible=False, axis="y")
+    ax.set_xlabel(unit, color=theme.ink, fontsize=10)
+    ax.xaxis.set_major_locator(MaxNLocator(3))
+    ax.xaxis.set_major_formatter(lambda value, _: _short(value))
+    return figure
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
+
+
+LEDGER = (
+    ("initial", "first snapshot"),
+    ("refresh", "refreshes"),
+    ("encoded_with_grad", "steps, with gradient"),
+    ("encoded_without_grad", "drift loss and probe"),
+    ("evaluation", "other evaluations"),
+)
+"""Key of the ledger -> words beside its bar."""
 
 
 def _draw_recall(series: Series, results: Mapping[str, Any], theme: Theme) -> Figure:
@@ -232,7 +360,7 @@ def _draw_recall(series: Series, results: Mapping[str, Any], theme: Theme) -> Fi
         if f"eval/{dataset}/{metric}" in series:
             steps, values = series[f"eval/{dataset}/{metric}"]
             label = f"during training ({during})"
-            _line(ax, steps, values, color=theme.corrected, linewidth=2, label=label)
+            line(ax, steps, values, color=theme.corrected, linewidth=2, label=label)
         exact = [finite(results, "eval", when, metric) for when in ("before", "after")]
         if exact != [None, None]:
             label = f"before and after ({final})"
@@ -283,6 +411,13 @@ PLOTS = (
         _draw_kl,
     ),
     Plot(
+        "overlap",
+        "How much of the fresh first ten is found",
+        "Share of the probe's ten best targets by fresh embeddings that are among the ten best by "
+        "the cache, as it is and corrected; means over the probe's queries.",
+        _draw_overlap,
+    ),
+    Plot(
         "drift",
         "Drift and what is left of it",
         "How far the cached embeddings are from the fresh ones, before and after correction, "
@@ -295,6 +430,19 @@ PLOTS = (
         "The loss of the training batches, as logged and smoothed.",
         _draw_loss,
     ),
+    Plot(
+        "ledger",
+        "Targets encoded, and what for",
+        "Every target that passed through the encoder. What is never refreshed has no bar there.",
+        _draw_ledger,
+    ),
+    Plot(
+        "times",
+        "Where the time went",
+        "Wall-clock seconds of the run. `step` is the device at work, the compilation of the step "
+        "among it; `wait for the batch` is time the device could have worked.",
+        _draw_times,
+    ),
 )
 """In the order of the page."""
 
@@ -306,5 +454,7 @@ def png(figure: Figure) -> bytes:
       figure: what was drawn.
     """
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", facecolor=figure.get_facecolor())
+    with warnings.catch_warnings():  # a character that the font lacks is drawn as a box
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        figure.savefig(buffer, format="png", facecolor=figure.get_facecolor())
     return buffer.getvalue()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,32 @@ from corrector_jax.models.corrector import Corrector
 from corrector_jax.models.dual_encoder import DualEncoder
 from corrector_jax.sharding import Placement
 from corrector_jax.state import TrainState
-from corrector_jax.types import Array
+from corrector_jax.types import Array, ArrayLike
 
 OVERLAP = 10
 """Top results compared for the overlap."""
+
+SAMPLE = 64
+"""Targets of the probe whose embeddings are handed out, to be looked at."""
+
+
+class Sample(NamedTuple):
+    """The same few targets three times.
+
+    Attributes:
+      stale: [S, D] float32, C[y].
+      corrected: [S, D] float32, h(C[y]), whether or not the gate is open.
+      fresh: [S, D] float32, g(y).
+    """
+
+    stale: ArrayLike
+    corrected: ArrayLike
+    fresh: ArrayLike
+
+
+def sampled(rows: Array) -> Array:
+    """[U, ...] of the probe's targets -> [S, ...], spread evenly over them."""
+    return rows[:: max(1, rows.shape[0] // SAMPLE)][:SAMPLE]
 
 
 def probe_step(
@@ -32,7 +55,7 @@ def probe_step(
     model: DualEncoder,
     corrector: Corrector,
     place: Placement,
-) -> tuple[TrainState, dict[str, Mean]]:
+) -> tuple[TrainState, dict[str, Mean], Sample]:
     """Measures stale and corrected against fresh on a fixed sample (docs/method.md, 7).
 
     Args:
@@ -47,10 +70,11 @@ def probe_step(
       place: the mesh.
 
     Returns:
-      The state with the gate opened once h has beaten the identity, and metrics: "drift" and
+      The state with the gate opened once h has beaten the identity; metrics: "drift" and
       "corrected_error" (ratios of sums), "kl_stale" and "kl_corrected" (nats, over the sample),
       "overlap_stale" and "overlap_corrected" (of the top 10), "delta_stale" and
-      "delta_corrected" (largest logit error seen, a lower bound of delta), "gate".
+      "delta_corrected" (largest logit error seen, a lower bound of delta), "gate"; and a few of the
+      embeddings.
     """
     text = place.split(caches.take_tokens(tokens, ids, place))
     fresh = model.encode_targets(state.params, text)
@@ -78,7 +102,8 @@ def probe_step(
     gate = jnp.maximum(state.corrector.gate, beats.astype(jnp.float32))
     measured["gate"] = Mean(gate, jnp.float32(1.0))
     corrector_state = dataclasses.replace(state.corrector, gate=gate)
-    return dataclasses.replace(state, corrector=corrector_state), measured
+    sample = Sample(*map(sampled, (stale, corrected, fresh)))
+    return dataclasses.replace(state, corrector=corrector_state), measured, sample
 
 
 def _overlap(scores: Array, other: Array) -> Array:

@@ -338,6 +338,7 @@ def draw_metrics(
     return measured
 
 
+@jax.named_scope("train_corrector")
 def update_corrector(
     state: CorrectorState,
     pairs: Pairs,

@@ -153,8 +153,9 @@ def train_step(
         state.params, psi, cache, tokens, batch, draw_key, model=model, method=method, place=place
     )
     chosen, pool, queries, _, of_pool = made_of
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("update_encoders"):
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
 
     measured = of_pool | {
         "loss": Mean(loss, jnp.float32(1.0)),

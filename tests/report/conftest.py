@@ -53,11 +53,10 @@ def run():
 
 @pytest.fixture
 def page(tmp_path, monkeypatch):
-    """A function from files to the parsed page; without its plots, which take a second or two."""
+    """A function from files to the parsed page; with its first plots alone, which take time."""
 
-    def render(run, plots=False):
-        if not plots:
-            monkeypatch.setattr(pages, "PLOTS", ())
+    def render(run, plots=0):
+        monkeypatch.setattr(pages, "PLOTS", pages.PLOTS[:plots])
         return Page(write_report(made_up.write(tmp_path, run)).read_text(encoding="utf-8"))
 
     return render

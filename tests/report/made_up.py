@@ -55,7 +55,7 @@ def files():
         if step % 40 == 0:
             row |= {"probe/drift": drift, "probe/corrected_error": left}
             row |= {"probe/kl_stale": 2.4 * drift, "probe/kl_corrected": 3.6 * left}
-            row |= {"probe/gate": 1.0, "probe/overlap_stale": 0.4}
+            row |= {"probe/gate": 1.0, "probe/overlap_stale": 0.4, "probe/overlap_corrected": 0.8}
         if step % 100 == 0:
             gain = 1 - np.exp(-step / 120)
             values = [0.21, 0.40, 0.55, 0.27, 0.30] + gain * np.array([0.1, 0.18, 0.2, 0.12, 0.13])
@@ -90,6 +90,7 @@ def files():
             "evaluation": 17862,
             "corpus_passes": 1.0,
         },
+        "times": {"step": 201.5, "save": 3.25, "wait for the batch": 0.5},
         "wall_seconds": 312.4,
         "examples_per_second": 41.7,
         "dataset": {

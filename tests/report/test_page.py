@@ -12,11 +12,11 @@ from corrector_jax.report.words import summary_table
 from corrector_jax.types import UserError
 from tests.report.made_up import CODE, HOSTILE, write
 
-PLOTS = ("recall", "kl", "drift", "loss")
+PLOTS = ("recall", "kl", "overlap", "drift", "loss", "ledger", "times")
 
 
 def test_the_page_stands_alone(tmp_path, run, page):
-    parsed = page(run, plots=True)
+    parsed = page(run, plots=len(PLOTS))
     assert len(parsed.addresses) == 2 * len(PLOTS)  # light and dark
     assert all(address.startswith("data:image/png;base64,") for address in parsed.addresses)
     assert not {"script", "link", "iframe", "object"} & set(parsed.tags)
@@ -44,7 +44,7 @@ def test_hostile_text_is_shown_as_text(tmp_path, run, page):
         hit["rank"] = HOSTILE
     run["examples.json"][0]["positives"] = ["half a pair \ud800, a zero \0"]
     run["config.json"][HOSTILE] = {HOSTILE: HOSTILE}
-    parsed = page(run, plots=True)
+    parsed = page(run, plots=1)
     assert "script" not in parsed.tags
     assert HOSTILE in parsed.text("h1")
     assert HOSTILE in parsed.text("title")

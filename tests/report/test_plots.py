@@ -69,12 +69,15 @@ def test_recall_is_drawn_with_the_split_it_belongs_to(run, draw):
         ("loss", "train/loss"),
         ("drift", "train/drift train/corrected_error probe/drift probe/corrected_error"),
         ("kl", "probe/kl_stale kl_stale over all targets"),
+        ("overlap", "probe/overlap_stale probe/overlap_corrected"),
+        ("ledger", "ledger"),
+        ("times", "times"),
         ("recall", "recall@100"),
     ],
 )
 def test_a_plot_without_data_says_what_is_missing(run, draw, page, name, words):
     run["metrics.jsonl"] = [{"step": 0, "other": 1.0, "train/loss": float("nan")}]
-    for key in ("eval", "distribution"):
+    for key in ("eval", "distribution", "ledger", "times"):
         run["results.json"][key] = {}
     lines, said = draw(run, name)
     assert lines == {}
@@ -89,6 +92,28 @@ def test_a_plot_names_the_series_it_lacks(run, draw):
     lines, said = draw(run, "kl")
     assert "stale cache, probe" in lines
     assert said.strip() == "not logged: probe/kl_corrected"
+
+
+def bars(figure):
+    """{words: (width, what is written beside it)} of lying bars."""
+    (ax,) = figure.axes
+    labels = [label.get_text().replace("\n", " ") for label in ax.get_yticklabels()]
+    shown = [text.get_text() for text in ax.texts]
+    widths = [bar.get_width() for bar in ax.patches]
+    return dict(zip(labels, zip(widths, shown, strict=True), strict=True))
+
+
+def test_every_target_and_every_second_has_its_bar(run):
+    figures = {
+        name: next(plot for plot in PLOTS if plot.name == name).draw({}, run["results.json"], LIGHT)
+        for name in ("ledger", "times")
+    }
+    ledger = bars(figures["ledger"])
+    assert ledger["steps, with gradient"] == (115200, "115,200  (70 %)")
+    assert ledger["refreshes"] == (0, "0  (0 %)")
+    times = bars(figures["times"])
+    assert times["step"] == (201.5, "202  (65 %)")
+    assert times["loading, compiling, reporting"][0] == pytest.approx(312.4 - 205.25)
 
 
 @pytest.mark.parametrize("first", [0.0, 3e-15])

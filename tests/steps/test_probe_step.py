@@ -55,11 +55,14 @@ def probe(psi, *, gate=0.0, devices=1, corrector=LINEAR):
     state = state.replace(params=psi, gate=jnp.float32(gate))
     state = init_state({"queries": queries, "targets": fresh}, state, tx=TX)
     cache = oracle.filled(stale, place, block_rows=4)
-    after, measured = run(state, cache, oracle.row_numbers(SIZE, place, block_rows=4))
+    after, measured, sample = run(state, cache, oracle.row_numbers(SIZE, place, block_rows=4))
     assert jax.tree.structure(after) == jax.tree.structure(state)
     unchanged = after.replace(corrector=after.corrector.replace(gate=state.corrector.gate))
     for a, b in zip(jax.tree.leaves(unchanged), jax.tree.leaves(state), strict=True):
         assert np.array_equal(a, b)
+    for rows, table in ((sample.stale, stale), (sample.fresh, fresh)):
+        np.testing.assert_allclose(rows, table[np.asarray(IDS)[: len(rows)]], rtol=1e-6)
+    assert sample.corrected.shape == sample.stale.shape
     measured = means(measured)
     assert measured["gate"] == after.corrector.gate
     return measured
