@@ -73,7 +73,7 @@ class Entry(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Retrieval measures under the names of `METRICS`, each between 0 and 1.
+    """Measures by name, those of retrieval under the names of `METRICS`, each between 0 and 1.
 
     Attributes:
       metrics: means over the queries.
@@ -82,6 +82,10 @@ class Measured(NamedTuple):
 
     metrics: dict[str, float]
     per_query: dict[str, np.ndarray]
+
+    def join(self, more: Measured) -> Measured:
+        """Both, of the same queries [Q]."""
+        return Measured(self.metrics | more.metrics, self.per_query | more.per_query)
 
 
 class Interval(NamedTuple):

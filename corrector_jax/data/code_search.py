@@ -86,7 +86,7 @@ def build(
 
     Returns:
       Ungraded train, dev and test splits with one positive per query; a target and its query share
-      an id such as 'json.decoder:JSONDecoder.decode'.
+      an id such as 'json.decoder:JSONDecoder.decode'. The answer to a query is the function's name.
 
     Raises:
       UserError: the interpreter has no readable standard library.
@@ -118,11 +118,21 @@ def build(
                 texts=[kept[row].sentence for row in rows],
                 positives=[np.array([row], np.int32) for row in rows],
                 grades=[np.ones(1, np.int32) for _ in rows],
+                answers=[_spellings(kept[row].identifier) for row in rows],
             )
             for name, rows in rows_of.items()
             if rows
         },
     )
+
+
+def _spellings(identifier: str) -> list[str]:
+    """A function's name, and where it has several words, the same with blanks in between.
+
+    Tokenizers of word pieces give a text back in this form.
+    """
+    name = re.split(r"[:.]", identifier)[-1]
+    return list(dict.fromkeys([name, " ".join(re.findall(r"_|[^\W_]+", name))]))
 
 
 def first_sentence(docstring: str) -> str | None:
