@@ -179,7 +179,7 @@ def answerable(config: ConfigDict, data: RetrievalData, tokenizer: TextTokenizer
         if len(rows):
             splits[name] = dataset.keep_queries(split, rows.tolist())
     if "train" in splits and config.reader.given_share:
-        splits |= _set_aside(splits["train"], config.reader.given_share)
+        splits |= _set_aside(splits.pop("train"), config.reader.given_share)
     missing = [name for name in data.splits if not splits.get(name)]
     if missing or (config.reader.given_share and not splits.get(GIVEN)):
         raise UserError(
