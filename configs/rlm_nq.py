@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """The retriever, the cache and the data of nq.py beside it; 20 passages a question, as Atlas."""
+    """The retriever and the data of nq.py beside it; 20 passages a question."""
     c: ConfigDict = run_path(str(Path(__file__).with_name("nq.py")))["get_config"]()
     c.reader.weights = "google-t5/t5-base"
     c.reader.passages = 20

@@ -345,8 +345,9 @@ def lower_steps(
 def _asked(config: ConfigDict, count: int, sharding: Any) -> Asked:
     """What `count` questions ask, as shapes."""
     widths = (config.reader.query_max_len, config.reader.answer_max_len)
-    shapes = ((count, width) for width in widths)
-    return Asked(*(jax.ShapeDtypeStruct(x, jnp.int32, sharding=sharding) for x in shapes))
+    shapes: list[Any] = [(count, width) for width in widths]
+    question, answer = (jax.ShapeDtypeStruct(x, jnp.int32, sharding=sharding) for x in shapes)
+    return Asked(question, answer)  # type: ignore[arg-type]
 
 
 def abstract_state(program: Program) -> TrainState:

@@ -1,4 +1,4 @@
-"""Sizes of well-known encoders and readers, so that a run can be planned before anything is downloaded."""
+"""Sizes of well-known encoders and readers: a run can be planned before anything is downloaded."""
 
 from __future__ import annotations
 
