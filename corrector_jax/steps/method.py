@@ -17,7 +17,7 @@ from corrector_jax.models.corrector import Corrector
 from corrector_jax.models.dual_encoder import DualEncoder
 from corrector_jax.negatives import Proposal
 from corrector_jax.sharding import Placement
-from corrector_jax.state import CorrectorState, TrainState
+from corrector_jax.state import CorrectorState, Pairs, TrainState
 from corrector_jax.steps import selection
 from corrector_jax.steps.cache_policy import CachePolicy, Keep
 from corrector_jax.steps.selection import Selected
@@ -58,39 +58,32 @@ class Method:
     max_relative_score: float = 0.0
 
 
-def learn_drift(
+def drift_pairs(
     state: TrainState,
     cache: TargetCache,
     tokens: TargetTokens,
-    queries: Array,
     chosen: Selected,
-    pool: Pool,
     key: Array,
     *,
     model: DualEncoder,
     method: Method,
-    tx: optax.GradientTransformation,
     place: Placement,
-) -> tuple[CorrectorState, dict[str, Mean]]:
-    """The drift of what a step encoded, and the corrector's update on it.
+) -> tuple[Pairs, dict[str, Mean]]:
+    """What the corrector learns from at a step, and how far it is off.
 
     Args:
       state: before the step: pairs are made with the parameters that made the fresh scores.
       cache: the cache.
       tokens: the token table.
-      queries: [B, D] float32.
       chosen: what was encoded.
-      pool: the task loss's candidates.
       key: for uniform targets.
       model: the dual encoder.
       method: the strategy.
-      tx: the corrector's optimizer.
       place: the mesh.
 
     Returns:
-      The corrector's next state, and "drift", "corrected_error" and "cache_age".
+      Pairs [P, D], and "drift", "corrected_error" and "cache_age".
     """
-    corrector = state.corrector
     pairs = selection.pairs_of(chosen)
     if method.uniform_rows:
         more = selection.uniform_pairs(
@@ -98,20 +91,46 @@ def learn_drift(
             count=method.uniform_rows, model=model, place=place,
         )  # fmt: skip
         pairs = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), pairs, more)
-    corrected = method.corrector.apply(corrector.params, pairs.stale, 1.0)
-    measured = {
+    corrected = method.corrector.apply(state.corrector.params, pairs.stale, 1.0)
+    return pairs, {
         "drift": metrics.relative_error(pairs.stale, pairs.fresh, pairs.weight),
         "corrected_error": metrics.relative_error(corrected, pairs.fresh, pairs.weight),
         "cache_age": Mean(caches.age(cache, state.step), jnp.float32(1.0)),
     }
-    if method.corrector.learns:
-        loss_of = selection.drift_loss(
-            queries, chosen, pool,
-            corrector=method.corrector, beta=method.beta,
-            mse_weight=method.mse_weight, kl_weight=method.kl_weight,
-        )  # fmt: skip
-        corrector = selection.update_corrector(corrector, pairs, tx=tx, loss=loss_of)
-    return corrector, measured
+
+
+def learn_drift(
+    corrector: CorrectorState,
+    queries: Array,
+    chosen: Selected,
+    pool: Pool,
+    pairs: Pairs,
+    *,
+    method: Method,
+    tx: optax.GradientTransformation,
+) -> CorrectorState:
+    """The corrector after a step; as it was where it does not learn.
+
+    Args:
+      corrector: before the step.
+      queries: [B, D] float32.
+      chosen: what was encoded.
+      pool: the task loss's candidates.
+      pairs: of `drift_pairs`.
+      method: the strategy.
+      tx: the corrector's optimizer.
+
+    Returns:
+      Its next state.
+    """
+    if not method.corrector.learns:
+        return corrector
+    loss_of = selection.drift_loss(
+        queries, chosen, pool,
+        corrector=method.corrector, beta=method.beta,
+        mse_weight=method.mse_weight, kl_weight=method.kl_weight,
+    )  # fmt: skip
+    return selection.update_corrector(corrector, pairs, tx=tx, loss=loss_of)
 
 
 def settle(new: TrainState, state: TrainState, score: Array) -> tuple[TrainState, Array, Mean]:

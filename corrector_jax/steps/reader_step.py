@@ -26,7 +26,7 @@ from corrector_jax.reader_losses import Reading, RetrieverLoss
 from corrector_jax.sharding import Placement
 from corrector_jax.state import TrainState
 from corrector_jax.steps import selection
-from corrector_jax.steps.method import Method, learn_drift, settle
+from corrector_jax.steps.method import Method, drift_pairs, learn_drift, settle
 from corrector_jax.steps.selection import Selected
 from corrector_jax.types import Array, ArrayLike, Batch, PyTree
 
@@ -211,11 +211,14 @@ def answer_step(
         measured["beta"] = Mean(beta, jnp.float32(1.0))
     corrector = state.corrector
     if cache is not None:
-        corrector, of_drift = learn_drift(
-            state, cache, tables.targets, queries, chosen, pool, uniform_key,
-            model=model, method=method, tx=corrector_tx, place=place,
+        pairs, of_drift = drift_pairs(
+            state, cache, tables.targets, chosen, uniform_key,
+            model=model, method=method, place=place,
         )  # fmt: skip
         measured |= of_drift
+        corrector = learn_drift(
+            corrector, queries, chosen, pool, pairs, method=method, tx=corrector_tx
+        )
     new = TrainState(state.step, params, opt_state, corrector)
     kept, finite, measured["skipped"] = settle(new, state, loss + norms["grad_norm"].total)
     if cache is not None:

@@ -78,8 +78,8 @@ def select(
     """
     draws = proposal.draw(jax.lax.stop_gradient(queries), psi, cache, batch, key)
     ids = jnp.concatenate([batch.positive[:, None], draws.ids], axis=1)
-    there = jnp.concatenate([jnp.ones_like(ids[:, :1], bool), draws.valid], axis=1)
     fresh, stale = _encode(params, ids, cache, tokens, model=model, place=place)
+    there = jnp.concatenate([jnp.ones_like(ids[:, :1], bool), draws.valid], axis=1)
     return Selected(draws, ids, fresh, stale, there & batch.valid[:, None])
 
 

@@ -14,7 +14,7 @@ from corrector_jax.negatives import Gated
 from corrector_jax.sharding import Placement
 from corrector_jax.state import TrainState
 from corrector_jax.steps import selection
-from corrector_jax.steps.method import Method, learn_drift, settle
+from corrector_jax.steps.method import Method, drift_pairs, learn_drift, settle
 from corrector_jax.types import Array, Batch, PyTree
 
 
@@ -127,12 +127,14 @@ def train_step(
         measured["beta"] = Mean(beta, jnp.float32(1.0))
     corrector = state.corrector
     if cache is not None:
-        corrector, of_drift = learn_drift(
-            state, cache, tokens, queries, chosen, pool, uniform_key,
-            model=model, method=method, tx=corrector_tx, place=place,
-        )  # fmt: skip
+        pairs, of_drift = drift_pairs(
+            state, cache, tokens, chosen, uniform_key, model=model, method=method, place=place
+        )
         measured |= of_drift | selection.draw_metrics(
             queries, chosen, batch, beta=method.beta, independent=method.proposal.independent
+        )
+        corrector = learn_drift(
+            corrector, queries, chosen, pool, pairs, method=method, tx=corrector_tx
         )
     new = TrainState(state.step, params, opt_state, corrector)
     score = loss + measured["grad_norm"].total
