@@ -28,12 +28,15 @@ from corrector_jax.evaluate import jit_gap, jit_search, jit_softmax
 from corrector_jax.job import load_encoder
 from corrector_jax.models import pretrained
 from corrector_jax.models.dual_encoder import Encoder, Projection
-from corrector_jax.models.sizes import SIZES
+from corrector_jax.models.reader import Reader, ReaderConfig
+from corrector_jax.models.sizes import READERS, SIZES
 from corrector_jax.paths import AnyPath
 from corrector_jax.program import Program, make_program, placement
+from corrector_jax.reading import load_reader
 from corrector_jax.state import TrainState
 from corrector_jax.steps.eval_step import Best, Gap, Softmax
-from corrector_jax.types import Array, Batch, PyTree, UserError
+from corrector_jax.steps.reader_step import Tables
+from corrector_jax.types import Array, Asked, Batch, PyTree, UserError
 from corrector_jax.writer import say
 
 RESERVED = 0.03
@@ -118,13 +121,14 @@ def compile_run(config: ConfigDict, topology: str, output: AnyPath) -> bool:
         chip = chips.of(devices[0])
     place = placement(config, devices)
     encoder, lengths = find_encoder(config)
-    program = make_program(config, encoder, count_targets(config), place)
+    reader = find_reader(config) if config.reader.weights else None
+    program = make_program(config, encoder, count_targets(config), place, reader)
     program.require_shares()
     say(
         f"{len(devices)} devices ({topology or chip.name}), mesh data x fsdp x tensor = "
         f"{' x '.join(str(n) for n in place.mesh.shape.values())}; {program.size:,} targets x "
-        f"{encoder.dim}, {config.train.batch_size} queries x {1 + program.method.proposal.draws} "
-        "targets a step"
+        f"{encoder.dim}, {config.train.batch_size} queries x {program.targets_per_query} "
+        "targets a step" + (", which a reader reads" if reader else "")
     )
     too_large, steps = [], []
     resident, lowered = lower_steps(program, lengths)
@@ -207,6 +211,22 @@ def find_encoder(config: ConfigDict) -> tuple[Encoder, tuple[int, int]]:
     return encoder, (data.query_max_len or LONGEST, data.target_max_len or LONGEST)
 
 
+def find_reader(config: ConfigDict) -> Reader:
+    """The reader that a configuration names, by its known sizes where those are known.
+
+    Args:
+      config: validated, with a reader.
+
+    Raises:
+      UserError: it is neither known nor at hand.
+    """
+    if config.reader.weights in READERS:
+        sizes = ReaderConfig.read(READERS[config.reader.weights], tied=True)
+        return Reader(sizes, config.model.dtype)
+    *_, origin = load_encoder(config)
+    return load_reader(config, origin.tokenizer_json).reader
+
+
 def lower_steps(
     program: Program, lengths: tuple[int, int]
 ) -> tuple[int, list[tuple[str, Callable[[], Any], int]]]:
@@ -231,6 +251,12 @@ def lower_steps(
     small = program.model.encoder.config.vocab_size <= 2**16
     words = array((rows, lengths[1]), jnp.uint16 if small else jnp.int32, place.rows)
     tokens = TargetTokens(words, program.size, "")
+    tables: Any = tokens
+    if program.answering:
+        wide, of_reader = config.reader.passage_max_len, program.answering.reader.config.encoder
+        kind = jnp.uint16 if of_reader.vocab_size <= 2**16 else jnp.int32
+        passages = TargetTokens(array((rows, wide), kind, place.rows), program.size, "")
+        tables = Tables(tokens, passages)
     cache = None
     if program.uses_cache:
         int8 = config.cache.dtype == "int8"
@@ -247,12 +273,13 @@ def lower_steps(
     batch = Batch(
         query_tokens=array((count, lengths[0]), jnp.int32, place.examples),
         positive=array((count,), jnp.int32, place.examples),
-        known=array((count, plan.known), jnp.int32, place.examples),
+        known=array((count, 1 if program.answering else plan.known), jnp.int32, place.examples),
         valid=array((count,), jnp.bool_, place.examples),
         mined=array((count, num_mined), jnp.int32, place.examples) if num_mined else None,
         candidates=array((count, program.num_candidates), jnp.int32, place.examples)
         if program.num_candidates
         else None,
+        asked=_asked(config, count, place.examples) if program.answering else None,
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = array(key.shape, key.dtype)
@@ -281,12 +308,21 @@ def lower_steps(
             lambda: jit_softmax(config.model.beta, place).lower(seen, asked, judged, fresh, ids),
             held_bytes((seen, asked, judged, fresh, ids)),
         ),
-        (
-            "train",
-            lambda: program.train_step().lower(state, cache, tokens, batch, key),
-            held_bytes(batch),
-        ),
     ]
+    names = ("train",) if len(program.stages()) == 1 else ("given", "train")
+    for name, stage in zip(names, program.stages(), strict=True):
+        lower = functools.partial(stage.step.lower, state, cache, tables, batch, key)
+        steps.append((name, lower, held_bytes(batch)))
+    if program.answering:
+        read = config.reader.read or program.answering.passages
+        some = place.pad(max(1, config.eval.batch_size // read))
+        asked_of = _asked(config, some, place.examples).question
+        found = array((some, read), jnp.int32, place.examples)
+        there = array((some, read), jnp.bool_, place.examples)
+        lower = functools.partial(
+            program.read_step.lower, state.params["reader"], tables, asked_of, found, there
+        )
+        steps.append(("read", lower, held_bytes((asked_of, found, there))))
     if cache is not None:
         probe_queries = array((config.corrector.probe_queries, lengths[0]), jnp.int32)
         probe_ids = array((config.corrector.probe_targets,), jnp.int32)
@@ -315,7 +351,15 @@ def lower_steps(
             steps.append(("lengths", lambda: program.lengths_step().lower(state, cache), 0))
         if program.method.corrector.landmarks:
             steps.append(("fit", lambda: program.fit_step().lower(state, cache, tokens, key), 0))
-    return held_bytes((state, cache, tokens)), steps
+    return held_bytes((state, cache, tables)), steps
+
+
+def _asked(config: ConfigDict, count: int, sharding: Any) -> Asked:
+    """What `count` questions ask, as shapes."""
+    widths = (config.reader.query_max_len, config.reader.answer_max_len)
+    shapes: list[Any] = [(count, width) for width in widths]
+    question, answer = (jax.ShapeDtypeStruct(x, jnp.int32, sharding=sharding) for x in shapes)
+    return Asked(question, answer)  # type: ignore[arg-type]
 
 
 def abstract_state(program: Program) -> TrainState:

@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from corrector_jax import refresh_policy
+from corrector_jax.reader_losses import RETRIEVER_LOSSES
 from corrector_jax.refresh_policy import RefreshPolicy
 from corrector_jax.strategies import INDEXED, SAMPLED, STRATEGIES
 from corrector_jax.types import UserError
@@ -33,6 +34,9 @@ WORDS: dict[str, tuple[str, ...]] = {
     "corrector.loss": ("mse", "kl", "both"),
     "negatives.proposal": ("", *INDEXED),
     "loss.estimator": ("", *SAMPLED),
+    "reader.loss": tuple(RETRIEVER_LOSSES),
+    "reader.unit": ("token", "sequence"),
+    "reader.moves": ("both", "query", "none"),
     "refresh.policy": ("", "never", "every", "schedule", "adaptive", "always"),
     "train.schedule": ("linear", "cosine", "constant"),
     "eval.corpus": ("full", "sample", "corrected"),
@@ -56,6 +60,8 @@ FREE = (
     "data.layout",
     "data.max_bad_rows",
     "data.verify",
+    "reader.beams",
+    "reader.read",
     "train.chunk",
     "train.max_skipped",
     "train.remat",
@@ -149,6 +155,34 @@ def default() -> ConfigDict:
     # truncated | single | weighted | balanced | kool; empty = the strategy's
     c.loss.estimator = ""
     c.loss.shared = False  # truncated only: pool all draws and positives of the batch
+
+    c.reader = ConfigDict()  # who answers from what is retrieved, and trains the retriever by it:
+    c.reader.weights = (
+        ""  # folder or hub id of a T5, or "random"; empty = no reader: positives train
+    )
+    c.reader.layers = 2  # random weights only: of the encoder and of the decoder
+    c.reader.hidden = 128  # random weights only: width
+    c.reader.heads = 4  # random weights only
+    c.reader.intermediate = 512  # random weights only
+    c.reader.passages = 8  # K, passages read for a question
+    c.reader.loss = "pdist"  # what the retriever learns by: pdist | emdr2 | marginal
+    c.reader.unit = "token"  # emdr2 and marginal sum passages out of each: token | sequence
+    c.reader.retriever_temperature = 1.0  # of scores over the K passages, which beta multiplied
+    c.reader.reader_temperature = 1.0  # pdist: of the reader's likelihoods
+    c.reader.moves = "both"  # towers that learn from answers: both | query | none
+    c.reader.rerank = 0  # L, targets encoded anew, of which the best K are read; 0 = K are drawn
+    c.reader.given_steps = 0  # first steps, in which the reader alone learns, on given passages
+    c.reader.given_share = 0.0  # share of the training questions that are asked in them alone
+    c.reader.given = 1  # passages of those steps: a known positive, the rest uniform
+    c.reader.learning_rate = 1e-4
+    c.reader.warmup = 100  # steps of linear rise of it
+    c.reader.query_prefix = ""  # put before every question for the reader
+    c.reader.passage_prefix = ""  # put before every passage for the reader
+    c.reader.query_max_len = 32  # tokens of a question for the reader
+    c.reader.passage_max_len = 64  # tokens of a passage for the reader, special tokens included
+    c.reader.answer_max_len = 16  # tokens of an answer, its end included; longer ones are left out
+    c.reader.read = 0  # passages that evaluations read; 0 = K
+    c.reader.beams = 1  # answers followed at once when answering; 1 = greedy
 
     c.refresh = ConfigDict()
     # never | every | schedule | adaptive | always; empty = the strategy's, or by what is set below
@@ -281,6 +315,8 @@ def validate(config: ConfigDict) -> None:
             f"config.data.published is {config.data.published!r} but config.data.path is empty: "
             "write the folder that holds it, or that --mode=prepare_data shall fill"
         )
+    if config.reader.weights:
+        _validate_reader(config)
     _validate_strategy(config)
     _validate_corrector(config)
     if config.loss.shared and (estimator := chosen(config)["estimator"]) != "truncated":
@@ -341,7 +377,8 @@ def chosen(config: ConfigDict) -> dict[str, str]:
     strategy, refresh = STRATEGIES[config.strategy], config.refresh
     asked = [word for word, key in _REFRESHED_BY.items() if refresh[key]]
     allowed = [word for word in asked if word in strategy.refreshes]
-    proposal = config.negatives.proposal or strategy.proposals[0]
+    proposal = config.negatives.proposal or ("topk" if config.reader.weights else "")
+    proposal = proposal or strategy.proposals[0]
     estimator = {"gumbel_topk": "kool", "topk": "truncated"}.get(proposal, strategy.estimators[0])
     if config.negatives.mined or config.negatives.in_batch:
         estimator = "truncated"
@@ -490,6 +527,21 @@ _LEAST = {
     "negatives.mined": 0,
     "negatives.max_relative_score": 0.0,
     "negatives.block_rows": 1,
+    "reader.layers": 1,
+    "reader.hidden": 1,
+    "reader.heads": 1,
+    "reader.intermediate": 1,
+    "reader.passages": 1,
+    "reader.rerank": 0,
+    "reader.given_steps": 0,
+    "reader.given_share": 0.0,
+    "reader.given": 1,
+    "reader.warmup": 0,
+    "reader.query_max_len": 1,
+    "reader.passage_max_len": 3,
+    "reader.answer_max_len": 2,
+    "reader.read": 0,
+    "reader.beams": 1,
     "refresh.every": 0,
     "refresh.threshold": 0.0,
     "refresh.rows": 0,
@@ -528,6 +580,9 @@ _POSITIVE = (
     "train.learning_rate",
     "corrector.learning_rate",
     "corrector.ridge",
+    "reader.learning_rate",
+    "reader.retriever_temperature",
+    "reader.reader_temperature",
 )
 
 
@@ -620,6 +675,70 @@ def _validate_draws(config: ConfigDict) -> None:
         already = "config.loss.shared" if config.loss.shared else "strategy 'in_batch'"
         raise UserError(
             f"config.negatives.in_batch pools the batch's positives, as {already} does: drop it"
+        )
+
+
+def _validate_reader(config: ConfigDict) -> None:
+    reader, steps = config.reader, config.train.steps
+    if not STRATEGIES[config.strategy].uses_cache:
+        able = " or ".join(repr(name) for name, one in STRATEGIES.items() if one.uses_cache)
+        raise UserError(
+            f"config.reader.weights names a reader but strategy {config.strategy!r} has no cache "
+            f"to find passages in: write {able}"
+        )
+    if config.negatives.proposal == "two_level":
+        raise UserError(
+            "config.negatives.proposal is 'two_level', which may draw a passage twice, but a "
+            "reader reads distinct ones: write 'topk', 'gumbel_topk' or 'scann'"
+        )
+    unread = ("loss.estimator", "loss.shared", "negatives.mined", "negatives.in_batch")
+    for key in (*unread, "negatives.path", "negatives.max_relative_score"):
+        if get(config, key):
+            raise UserError(
+                f"config.{key} is {get(config, key)!r}, which only a retriever trained from "
+                "positives reads, but config.reader.weights names a reader: drop one of them"
+            )
+    if 0 < reader.rerank <= reader.passages:
+        raise UserError(
+            f"config.reader.rerank chooses {reader.passages} passages among {reader.rerank}: write "
+            "more than config.reader.passages, or 0"
+        )
+    wanted = reader.rerank or reader.passages
+    if config.negatives.proposal == "scann" and config.negatives.candidates < wanted:
+        raise UserError(
+            f"config.negatives.candidates is {config.negatives.candidates} but {wanted} passages "
+            f"are wanted of them: write {wanted} or more"
+        )
+    if reader.moves == "query" and config.model.shared_towers:
+        raise UserError(
+            "config.reader.moves is 'query' but queries and targets share one encoder: write "
+            "--config.model.shared_towers=False"
+        )
+    if bool(reader.given_steps) != bool(reader.given_share):
+        raise UserError(
+            f"config.reader.given_steps is {reader.given_steps} and config.reader.given_share "
+            f"{reader.given_share}: write both, or neither"
+        )
+    if reader.given_share >= 1:
+        raise UserError(
+            f"config.reader.given_share is {reader.given_share}, which leaves no question to "
+            "retrieve for: write less than 1"
+        )
+    if reader.given_steps + config.train.warmup >= steps or reader.warmup >= steps:
+        raise UserError(
+            f"config.reader.given_steps is {reader.given_steps}, config.train.warmup "
+            f"{config.train.warmup} and config.reader.warmup {reader.warmup} of {steps} steps: "
+            "write more config.train.steps"
+        )
+    if reader.given_steps % config.train.accumulate:
+        raise UserError(
+            f"config.reader.given_steps is {reader.given_steps}, not a multiple of "
+            f"config.train.accumulate ({config.train.accumulate}): write one"
+        )
+    if reader.weights == "random" and reader.hidden % reader.heads:
+        raise UserError(
+            f"config.reader.heads is {reader.heads}, which does not divide config.reader.hidden "
+            f"({reader.hidden}): write a divisor"
         )
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from jax.stages import Wrapped
 from ml_collections import ConfigDict
 
+from corrector_jax import answering, distributed, index, paths
 from corrector_jax import config as configs
-from corrector_jax import distributed, index, paths
 from corrector_jax.cache import TargetCache
 from corrector_jax.checkpoint import Checkpoints, Position
 from corrector_jax.embed import Consumer, Embedder, cached_blocks, go_over
@@ -32,7 +32,7 @@ from corrector_jax.steps.eval_step import (
     search_step,
     softmax_step,
 )
-from corrector_jax.steps.train_step import Method
+from corrector_jax.steps.method import Method
 from corrector_jax.types import Array, PyTree, UserError
 from corrector_jax.writer import progress, say
 
@@ -129,10 +129,11 @@ class LossMeter:
         """Adds one block: ids [b] int32 (-1 = empty place), embeddings [b, D] float32."""
         self._seen = self._step(self._seen, self._queries, self._known, fresh, ids)
 
-    def losses(self) -> np.ndarray:
-        """[Q] float64, nats."""
+    def result(self) -> Measured:
+        """Under "exact_loss", nats, of the real queries."""
         seen: Softmax = self._place.fetch(self._seen)
-        return np.asarray(seen.loss()[: self._count], np.float64)
+        each = np.asarray(seen.loss()[: self._count], np.float64)
+        return Measured({"exact_loss": float(each.mean())}, {"exact_loss": each})
 
 
 class GapMeter:
@@ -220,8 +221,9 @@ def evaluate(
     also: Sequence[Consumer] = (),
     label: str = "evaluating",
     search: str = "exact",
+    compare: bool = False,
 ) -> Evaluated:
-    """Ranks targets for the queries of some splits in one pass.
+    """Ranks targets for the queries of some splits in one pass, and answers from the best.
 
     Args:
       job: the job.
@@ -236,6 +238,8 @@ def evaluate(
       also: other users of the same pass.
       label: what the progress line says.
       search: "exact", or "scann" to rank by an index of all targets and measure what it misses.
+      compare: where there is a reader, what it answers to the first of the splits from known
+        positives, from nothing and from any passages.
 
     Returns:
       Records and rankings by split.
@@ -294,8 +298,12 @@ def evaluate(
     records = {}
     for split in splits:
         measured = measure(job.data.splits[split], rankings[split], job.data.target_ids)
+        texts = None
+        if job.questions and embedder is None:
+            texts, of_answers = answering.answer(job, params, split, rankings[split])
+            measured = measured.join(of_answers)
         if split in exact_losses:
-            measured = measured.joined("exact_loss", exact_losses[split].losses())
+            measured = measured.join(exact_losses[split].result())
         records[split] = _record(
             step=step,
             split=split,
@@ -306,6 +314,10 @@ def evaluate(
         )
         if split in how:
             records[split]["search"] = how[split]
+        if texts is not None:
+            records[split]["answers"] = texts
+    if compare and job.questions:
+        records[splits[0]]["read"] = answering.compare(job, params, splits[0])
     return Evaluated(records, rankings, encoded)
 
 
@@ -368,11 +380,14 @@ def evaluate_run(
             psi=state.corrector.gated,
             also=[watch],
             search=search,
+            compare=True,
         )
     name = name or f"{split}-step-{step}" + ("" if search == "exact" else f"-{search}")
     record = write(job, workdir, name, result.records[split], result.rankings[split])
     for metric, value in {**record["metrics"], **(record["distribution"] or {})}.items():
         say(f"{metric:>16} {value:.4f}")
+    for what, values in record.get("read", {}).items():
+        say(f"{'em, ' + what.replace('_', ' '):>24} {values['em']:.4f}")
     if how := record.get("search"):
         say(f"{'recall of exact':>16} {how['recall_of_exact']:.4f}")
     path = workdir / "eval" / f"{name}.json"

@@ -49,9 +49,11 @@ def write_final(
 ) -> AnyPath:
     """Writes encoders as a sentence-transformers folder, or two and a Router where they differ.
 
+    A reader goes below it, into `reader`.
+
     Args:
       job: the job.
-      params: the encoders' parameters.
+      params: the encoders' parameters, and the reader's.
       workdir: the run's folder, whose evaluations go into the card.
       position: steps and ledger, for the card.
       folder: where to; None = `final` in the workdir.
@@ -81,6 +83,15 @@ def write_final(
         max_len={**lengths, "shared": max(lengths.values())},
         card=card(job, params, workdir, position),
     )
+    if job.questions:
+        loaded = job.questions.loaded
+        model_folder.write_reader(
+            folder / "reader",
+            params["reader"],
+            config=loaded.reader.config,
+            clothes=loaded.clothes,
+            card=reader_card(job, position),
+        )
     return folder
 
 
@@ -156,6 +167,41 @@ def card(job: Job, params: PyTree, workdir: AnyPath, position: Position) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def reader_card(job: Job, position: Position) -> str:
+    """The card of a reader: what it is, and what it reads.
+
+    Args:
+      job: the job, with a reader.
+      position: steps.
+
+    Returns:
+      Markdown with the head that model hubs read.
+    """
+    assert job.questions is not None  # whoever has none has no card
+    keys, source = job.config.reader, job.questions.loaded.source
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "pipeline_tag: text2text-generation",
+            "tags:",
+            "- t5",
+            "- corrector_jax",
+            "---",
+            "",
+            f"# A reader for {job.data.name}",
+            "",
+            f"Trained with corrector_jax for {position.step:,} steps from {source}, beside the "
+            "retriever in the folder above. It reads the tokens of a question without special ones "
+            f"({keys.query_prefix!r} before it, {keys.query_max_len} at most), then those of a "
+            f"passage with them ({keys.passage_prefix!r}, {keys.passage_max_len}); of "
+            f"{keys.passages} passages encoded one by one the decoder sees all (fusion in the "
+            "decoder). transformers loads it as a T5ForConditionalGeneration, which reads one.",
+            "",
+        ]
+    )
 
 
 def _how_it_reads(job: Job) -> list[str]:

@@ -27,10 +27,12 @@ from corrector_jax.models.bert import BertConfig
 from corrector_jax.models.dual_encoder import DualEncoder, Encoder, Projection
 from corrector_jax.models.family import Family
 from corrector_jax.program import Program, make_program, placement
+from corrector_jax.reading import GIVEN, Questions, answerable, ask, load_reader
 from corrector_jax.refresh_policy import RefreshPolicy
 from corrector_jax.sharding import Placement
 from corrector_jax.state import TrainState
-from corrector_jax.types import Array, PyTree, UserError
+from corrector_jax.steps.reader_step import Tables
+from corrector_jax.types import Array, Batch, PyTree, UserError
 from corrector_jax.writer import say
 
 RANDOM_MAX_LEN = 128
@@ -110,6 +112,7 @@ class Job(Program):
       origin: what the encoder came with.
       encoder_params: one tower's parameters at the start, on the host; None = random.
       made_by: what rows of the cache depend on beside the weights: field -> word or number.
+      questions: the data as the reader reads it; None where there is none.
     """
 
     data: RetrievalData
@@ -128,6 +131,55 @@ class Job(Program):
     origin: Origin
     encoder_params: PyTree
     made_by: dict[str, Any]
+    questions: Questions | None = None
+
+    @property
+    def tables(self) -> TargetTokens | Tables:
+        """What a training step reads of the corpus."""
+        return Tables(self.tokens, self.questions.passages) if self.questions else self.tokens
+
+    def stage_of(self, step: int) -> tuple[str, int]:
+        """The split that a step's queries are of, and the first step that asks them."""
+        given = self.config.reader.given_steps if self.questions else 0
+        return (GIVEN, 0) if step < given else ("train", given)
+
+    def queries_of(self, step: int) -> tuple[str, np.ndarray]:
+        """The split of a step's queries, and which of them they are, [B] int64."""
+        split, first = self.stage_of(step)
+        config, size = self.config, len(self.data.splits[split].texts)
+        return split, order.batch_rows(
+            step - first, num_queries=size, batch_size=config.train.batch_size, seed=config.seed
+        )
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step, of B queries [B, T], on the host: of the seed and the step alone."""
+        (split, first), seed = self.stage_of(step), self.config.seed
+        batch = order.make_batch(
+            step,
+            query_tokens=self.query_tokens[split],
+            positives=self.data.splits[split].positives,
+            known=self.known if split == "train" else self._known_given,
+            batch_size=self.config.train.batch_size,
+            seed=seed,
+            lengths=self.query_lengths if split == "train" else None,
+            widths=self.query_widths,
+            mined=self.mined,
+            num_mined=self.num_mined,
+            first=first,
+        )
+        if not self.questions:
+            return batch
+        _, rows = self.queries_of(step)
+        batch = batch._replace(asked=self.questions.asked(split, rows, seed=seed, step=step))
+        if split == GIVEN:
+            return batch
+        # What is positive is for the evaluation: the step must not know.
+        nobody = np.full((len(rows), 1), -1, np.int32)
+        return batch._replace(positive=nobody[:, 0], known=nobody)
+
+    @functools.cached_property
+    def _known_given(self) -> np.ndarray:
+        return self.data.known_positives(GIVEN)
 
     @functools.cached_property
     def refresh_policy(self) -> RefreshPolicy:
@@ -145,11 +197,14 @@ class Job(Program):
             digest.update("\n".join(split.query_ids).encode())
         for rows in self.mined:
             digest.update(np.asarray(rows, np.int32).tobytes() + b";")
+        if self.questions:
+            digest.update(self.questions.fingerprint.encode())
         return digest.hexdigest()
 
     def init_state(self) -> TrainState:
         """Step 0, on the mesh."""
-        return self.start(self.encoder_params)
+        reader_params = self.questions.loaded.params if self.questions else None
+        return self.start(self.encoder_params, reader_params)
 
     def weights_digest(self, params: PyTree) -> str:
         """Names the parameters that targets are embedded with: 64 hex digits."""
@@ -200,10 +255,13 @@ def make_job(config: ConfigDict) -> Job:
     data = load_data(config)
     final_split = dataset.eval_split(data, config.data.eval_split)
     require_train(data)
+    tokenization, encoder, encoder_params, origin = load_encoder(config)
+    loaded = load_reader(config, origin.tokenizer_json) if config.reader.weights else None
+    if loaded:
+        data = answerable(config, data, loaded.tokenizer)
     say(_describe(data))
     if "dev" not in data.splits:
         say(f"no dev split: evaluations during training and the probe use {final_split}")
-    tokenization, encoder, encoder_params, origin = load_encoder(config)
     tokenizer = tokenization.tokenizer
     tokens, lengths = _token_table(config, data, tokenization, place)
     query_tokens = {name: tokenization.queries(split.texts) for name, split in data.splits.items()}
@@ -212,7 +270,13 @@ def make_job(config: ConfigDict) -> Job:
     }
     widest = max(_width(found, tokenization.query_max_len) for found in lengths_of.values())
     query_tokens = {name: table[:, :widest] for name, table in query_tokens.items()}
-    program = make_program(config, encoder, tokens.size, place)
+    program = make_program(config, encoder, tokens.size, place, loaded.reader if loaded else None)
+    questions = None
+    if loaded:
+        questions = ask(
+            config, data, loaded, tokens,
+            tokenizer=tokenizer, prefix=tokenization.target_prefix, place=place,
+        )  # fmt: skip
     dev_split = "dev" if "dev" in data.splits else final_split
     probe_queries, probe_ids = _probe(config, query_tokens[dev_split], tokens.size, place)
     return Job(
@@ -249,6 +313,7 @@ def make_job(config: ConfigDict) -> Job:
             "dtype": encoder.dtype,
             "corpus": data.fingerprint(),
         },
+        questions=questions,
     )
 
 

@@ -443,6 +443,56 @@ class Candidates(Corrected):
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class BestCandidates(Corrected):
+    """The m likeliest of the candidates found on the host, by corrected score of now; no sample.
+
+    Attributes:
+      tile_rows: rows scored at once on a device.
+      place: the mesh.
+    """
+
+    tile_rows: int
+    place: Placement
+
+    def draw(
+        self, queries: Array, psi: Gated, cache: TargetCache | None, batch: Batch, key: Array
+    ) -> Draws:
+        """Scores the batch's candidates and takes the best.
+
+        Args:
+          queries: [B, D] float32.
+          psi: the corrector's parameters and gate.
+          cache: the cache, split by row.
+          batch: the batch, with m candidates or more; they may hold copies and known positives.
+          key: not used.
+
+        Returns:
+          Distinct draws, best first; log_z is that of the candidates alone.
+
+        Raises:
+          ValueError: there is no cache, or the batch has no candidates.
+        """
+        if cache is None or batch.candidates is None:
+            raise ValueError("taking the best candidates needs a cache and a batch that has some")
+        ids = jnp.asarray(batch.candidates)
+        logits = sweep.score_rows(
+            self._fold(psi, queries), self._lift, psi, cache, ids,
+            tile_rows=self.tile_rows, place=self.place,
+        )  # fmt: skip
+        there = losses.first_occurrence(jnp.maximum(ids, 0), ids >= 0)
+        terms = jnp.where(there & ~losses.is_known(ids, batch.known), logits, -jnp.inf)
+        log_z = jax.nn.logsumexp(terms, axis=1)
+        best, at = jax.lax.top_k(terms, self.draws)
+        valid = best > -jnp.inf
+        return Draws(
+            ids=jnp.where(valid, jnp.take_along_axis(ids, at, axis=1), 0),
+            log_prob=jnp.where(valid, best - log_z[:, None], 0.0),
+            valid=valid,
+            log_z=log_z,
+        )
+
+
 def _is_among(ids: Array, sets: Array) -> Array:
     """Which of the ids [M] are in each query's set [B, K]: [B, M] bool."""
     # By bisection, not B x M x K comparisons: there may be thousands of each.

@@ -1,8 +1,11 @@
-"""The two optimizers: one for the encoders, one for the corrector."""
+"""The optimizers: of the encoders, of the corrector, and of a reader beside the encoders."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -28,6 +31,46 @@ def schedule(kind: str, *, peak: float, warmup: int, steps: int) -> optax.Schedu
         return after
     rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
     return optax.join_schedules([rise, after], [warmup])
+
+
+def delayed(rate: optax.Schedule, updates: int) -> optax.Schedule:
+    """The same schedule, begun after so many updates; 0 until then.
+
+    Args:
+      rate: learning rate by update.
+      updates: how many come before its first.
+
+    Returns:
+      A function of the update count.
+    """
+    if not updates:
+        return rate
+    return lambda count: jnp.where(count < updates, 0.0, rate(jnp.maximum(count - updates, 0)))
+
+
+def beside_reader(
+    encoders: optax.GradientTransformation,
+    reader: optax.GradientTransformation,
+    *,
+    frozen: Collection[str] = (),
+) -> optax.GradientTransformation:
+    """An optimizer for the encoders and one for the reader, each with a clip of its own.
+
+    Args:
+      encoders: the task optimizer.
+      reader: of the parameters under "reader".
+      frozen: names of parameters at the top that are left as they are.
+
+    Returns:
+      The transformation.
+    """
+
+    def label(params: optax.Params) -> optax.Params:
+        words = {"reader": "reader"} | dict.fromkeys(frozen, "frozen")
+        return {name: words.get(name, "encoders") for name in params}
+
+    made = {"encoders": encoders, "reader": reader, "frozen": optax.set_to_zero()}
+    return optax.partition(made, label)
 
 
 def task_optimizer(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -14,12 +14,15 @@ from ml_collections import ConfigDict
 
 from corrector_jax import cache as caches
 from corrector_jax import config as configs
-from corrector_jax import losses, optimizer, rng, sweep
+from corrector_jax import losses, optimizer, reader_losses, rng, sweep
 from corrector_jax.cache import TargetCache
 from corrector_jax.models import corrector as correctors
 from corrector_jax.models.corrector import Corrector, Nystrom
 from corrector_jax.models.dual_encoder import DualEncoder, Encode, Encoder, rematerialised
+from corrector_jax.models.family import Axes
+from corrector_jax.models.reader import Reader
 from corrector_jax.negatives import (
+    BestCandidates,
     Candidates,
     GumbelTopK,
     InBatch,
@@ -36,9 +39,32 @@ from corrector_jax.steps.cache_policy import CachePolicy, Keep, Rolling, WriteBa
 from corrector_jax.steps.candidates_step import ask_cache, ask_index
 from corrector_jax.steps.fit_step import fit_step
 from corrector_jax.steps.lengths_step import lengths_step, measure
+from corrector_jax.steps.method import Method
 from corrector_jax.steps.probe_step import probe_step
-from corrector_jax.steps.train_step import Method, train_step
+from corrector_jax.steps.reader_step import Answering, answer_step, given_step, read_step
+from corrector_jax.steps.train_step import train_step
 from corrector_jax.types import Array, PyTree, UserError
+
+TOWERS = ("shared", "query", "target")
+"""Names at the top of the parameters that are encoders."""
+
+
+class Stage(NamedTuple):
+    """Steps of one kind.
+
+    Attributes:
+      start: the first of them.
+      step: the step, jitted for the mesh; state and cache are donated.
+      with_grad: targets that each of them encodes with gradient.
+      without_grad: and without.
+      rewritten: targets that each of them encodes for the cache alone.
+    """
+
+    start: int
+    step: Wrapped
+    with_grad: int
+    without_grad: int
+    rewritten: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +80,7 @@ class Program:
       learning_rate: by update.
       tx: the task optimizer.
       corrector_tx: the corrector's optimizer.
+      answering: how a reader's answers train; None where positives do.
     """
 
     config: ConfigDict
@@ -64,11 +91,19 @@ class Program:
     learning_rate: optax.Schedule
     tx: optax.GradientTransformation
     corrector_tx: optax.GradientTransformation
+    answering: Answering | None = None
+
+    @property
+    def targets_per_query(self) -> int:
+        """Targets that a training step encodes with gradient for each query."""
+        if self.answering:
+            return self.answering.passages
+        return 1 + self.method.proposal.draws
 
     @property
     def encoded_per_step(self) -> int:
         """Targets encoded with gradient by one training step."""
-        return int(self.config.train.batch_size * (1 + self.method.proposal.draws))
+        return int(self.config.train.batch_size * self.targets_per_query)
 
     @property
     def num_mined(self) -> int:
@@ -98,16 +133,17 @@ class Program:
             rows=self.encoded_per_step + self.method.uniform_rows,
         )
 
-    def start(self, encoder_params: PyTree) -> TrainState:
+    def start(self, encoder_params: PyTree, reader_params: PyTree = None) -> TrainState:
         """Step 0, created already split over the mesh.
 
         Args:
           encoder_params: one tower's parameters on the host; None = random.
+          reader_params: the reader's, where there is one; likewise.
         """
         params = None
         if encoder_params is not None:
             params = self.model.from_encoder_params(encoder_params)
-        return jax.jit(self.initial, out_shardings=self.state_sharding)(params)
+        return jax.jit(self.initial, out_shardings=self.state_sharding)(params, reader_params)
 
     def empty_cache(self) -> TargetCache:
         """A cache of the right shape with nothing in it."""
@@ -158,6 +194,58 @@ class Program:
         )
         out = (self.state_sharding, self.place.rows, self.place.everywhere)
         return self.place.jit_step(step, out, donate=(0, 1))
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The steps of a run, kind by kind, in the order they come."""
+        count, rows = self.config.train.batch_size, self.method.uniform_rows
+        rewritten = self.method.cache_policy.rows
+        if not self.answering:
+            return (Stage(0, self.train_step(), self.encoded_per_step, rows, rewritten),)
+        given, drawn = self.config.reader.given_steps, self.method.proposal.draws
+        more = count * drawn if drawn > self.answering.passages else 0  # to choose among
+        last = Stage(given, self.answer_step(), self.encoded_per_step, rows + more, rewritten)
+        return (Stage(0, self.given_step(), 0, 0, 0), last) if given else (last,)
+
+    def answer_step(self) -> Wrapped:
+        """The step that learns from answers, jitted for the mesh; state and cache are donated."""
+        step = functools.partial(
+            answer_step,
+            model=self.model,
+            answering=self._answering,
+            method=self.method,
+            tx=self.tx,
+            corrector_tx=self.corrector_tx,
+            place=self.place,
+        )
+        out = (self.state_sharding, self.place.rows, self.place.everywhere)
+        return self.place.jit_step(step, out, donate=(0, 1))
+
+    def given_step(self) -> Wrapped:
+        """The step of a reader that learns to read, jitted likewise."""
+        step = functools.partial(
+            given_step, answering=self._answering, tx=self.tx, place=self.place
+        )
+        out = (self.state_sharding, self.place.rows, self.place.everywhere)
+        return self.place.jit_step(step, out, donate=(0, 1))
+
+    @functools.cached_property
+    def read_step(self) -> Wrapped:
+        """The step that answers, jitted for the mesh: tokens of answers on every device."""
+        reader = self.config.reader
+        step = functools.partial(
+            read_step,
+            answering=self._answering,
+            length=reader.answer_max_len,
+            beams=reader.beams,
+            place=self.place,
+        )
+        return self.place.jit_step(step, self.place.everywhere)
+
+    @property
+    def _answering(self) -> Answering:
+        if self.answering is None:
+            raise TypeError("there is no reader to answer")
+        return self.answering
 
     def fit_step(self) -> Wrapped:
         """The step that fits a kernel corrector, jitted for the mesh; the state is donated.
@@ -222,14 +310,20 @@ class Program:
         out = (self.state_sharding, self.place.everywhere, self.place.everywhere)
         return self.place.jit_step(step, out, donate=(0,))
 
-    def initial(self, params: PyTree) -> TrainState:
-        """Step 0 as a pure function of the encoders' parameters; None = random ones."""
+    def initial(self, params: PyTree, reader_params: PyTree = None) -> TrainState:
+        """Step 0 as a pure function of encoders' and reader's parameters; None = random ones."""
         if params is None:
             params = self.model.init(rng.key(self.config.seed, "parameters"))
+        if self.answering:
+            if reader_params is None:
+                reader_params = self.answering.reader.init(rng.key(self.config.seed, "reader"))
+            params = {**params, "reader": reader_params}
         return init_state(params, self.init_corrector(0), tx=self.tx)
 
 
-def make_program(config: ConfigDict, encoder: Encoder, size: int, place: Placement) -> Program:
+def make_program(
+    config: ConfigDict, encoder: Encoder, size: int, place: Placement, reader: Reader | None = None
+) -> Program:
     """What a configuration says to compile.
 
     Args:
@@ -237,41 +331,105 @@ def make_program(config: ConfigDict, encoder: Encoder, size: int, place: Placeme
       encoder: one tower.
       size: N.
       place: the mesh.
+      reader: who answers, where the configuration names one.
 
     Returns:
       The program; nothing is compiled or put on a device yet.
 
     """
-    train = config.train
+    train, given = config.train, config.reader.given_steps if reader else 0
     model = DualEncoder(
         encoder,
         shared=config.model.shared_towers,
         learn_beta=config.model.learn_beta,
+        frozen=_FROZEN[config.reader.moves] if reader else frozenset(),
     )
-    place = dataclasses.replace(place, rules=rules_of(model.axes()))
-    model = dataclasses.replace(model, wrap=_wrap(config, place))
+    whole = dataclasses.replace(place, rules=rules_of(model.axes()))
+    model = dataclasses.replace(model, wrap=_wrap(config, whole))
     learning_rate = optimizer.schedule(
         train.schedule,
         peak=train.learning_rate,
         warmup=train.warmup // train.accumulate,
-        steps=train.steps // train.accumulate,
+        steps=(train.steps - given) // train.accumulate,
     )
+    learning_rate = optimizer.delayed(learning_rate, given // train.accumulate)
+    tx = _task_optimizer(config, learning_rate)
+    if reader:
+        tx = optimizer.beside_reader(
+            tx, _task_optimizer(config, _reader_rate(config)), frozen=_frozen_names(config)
+        )
+        of_encoders = _below(f"({'|'.join(TOWERS)})", model.axes())
+        whole = dataclasses.replace(
+            place, rules=rules_of({**of_encoders, **_below("reader", reader.config.axes())})
+        )
+        reading = dataclasses.replace(place, rules=rules_of(reader.config.axes()))
+        reader = dataclasses.replace(reader, wrap=_wrap(config, reading))
     return Program(
         config=config,
         size=size,
-        place=place,
+        place=whole,
         model=model,
-        method=_method(config, size, model, place),
+        method=_method(config, size, model, whole),
         learning_rate=learning_rate,
-        tx=optimizer.task_optimizer(
-            learning_rate,
-            clip=train.clip,
-            weight_decay=train.weight_decay,
-            accumulate=train.accumulate,
-        ),
+        tx=tx,
         corrector_tx=optimizer.corrector_optimizer(
             peak=config.corrector.learning_rate, warmup=config.corrector.warmup
         ),
+        answering=_answering(config, size, reader) if reader else None,
+    )
+
+
+_FROZEN = {
+    "both": frozenset[str](),
+    "query": frozenset({"target"}),
+    "none": frozenset({"query", "target"}),
+}
+"""Word of config.reader.moves -> sides that no gradient reaches."""
+
+
+def _frozen_names(config: ConfigDict) -> tuple[str, ...]:
+    """Parameters at the top that no gradient reaches: weight decay must not move them either."""
+    return {"both": (), "query": ("target",), "none": (*TOWERS, "beta")}[config.reader.moves]
+
+
+def _task_optimizer(config: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
+    train = config.train
+    return optimizer.task_optimizer(
+        rate, clip=train.clip, weight_decay=train.weight_decay, accumulate=train.accumulate
+    )
+
+
+def _reader_rate(config: ConfigDict) -> optax.Schedule:
+    train = config.train
+    return optimizer.schedule(
+        train.schedule,
+        peak=config.reader.learning_rate,
+        warmup=config.reader.warmup // train.accumulate,
+        steps=train.steps // train.accumulate,
+    )
+
+
+def _below(top: str, axes: Axes) -> Axes:
+    """The axes of parameters that stand below a name, so that no other's are meant."""
+    return {f"{top}/(.*/)?({pattern})": names for pattern, names in axes.items()}
+
+
+def _answering(config: ConfigDict, size: int, reader: Reader) -> Answering:
+    keys = config.reader
+    loss = functools.partial(
+        reader_losses.RETRIEVER_LOSSES[keys.loss],
+        retriever_temperature=keys.retriever_temperature,
+        reader_temperature=keys.reader_temperature,
+        unit=keys.unit,
+    )
+    return Answering(
+        reader=reader,
+        loss=loss,
+        # REALM's loss trains the reader itself.
+        fused=0.0 if keys.loss == "marginal" else 1.0,
+        passages=min(keys.passages, size),
+        passage_len=keys.passage_max_len,
+        given=min(keys.given, size),
     )
 
 
@@ -367,7 +525,9 @@ def _proposal(
     model: DualEncoder,
     place: Placement,
 ) -> Proposal:
-    negatives, draws = config.negatives, config.negatives.draws
+    negatives, draws, reader = config.negatives, config.negatives.draws, config.reader
+    if reader.weights:
+        draws = min(reader.rerank or reader.passages, size)
     tile_rows = _tile_rows(config, draws if word == "two_level" else 1, corrector, model)
     made: dict[str, Proposal] = {"uniform": Uniform(draws, size), "mined": Mined(draws)}
     made["in_batch"] = InBatch()
@@ -378,6 +538,8 @@ def _proposal(
     made["scann"] = Candidates(
         draws, config.model.beta, corrector, negatives.tail, size, tile_rows, place
     )
+    if reader.weights:
+        made["scann"] = BestCandidates(draws, config.model.beta, corrector, tile_rows, place)
     proposal = made[word]
     return Joined(proposal, Mined(negatives.mined)) if negatives.mined else proposal
 

@@ -83,10 +83,9 @@ class Measured(NamedTuple):
     metrics: dict[str, float]
     per_query: dict[str, np.ndarray]
 
-    def joined(self, name: str, values: np.ndarray) -> Measured:
-        """These and one more, [Q] float64."""
-        mean = {name: float(values.mean())}
-        return Measured(self.metrics | mean, self.per_query | {name: values})
+    def join(self, more: Measured) -> Measured:
+        """Both, of the same queries [Q]."""
+        return Measured(self.metrics | more.metrics, self.per_query | more.per_query)
 
 
 class Interval(NamedTuple):

@@ -14,7 +14,7 @@ from corrector_jax.checkpoint import Position
 from corrector_jax.export import write_final
 from corrector_jax.job import Job
 from corrector_jax.paths import AnyPath
-from corrector_jax.ranking import METRICS, paired_bootstrap, read_trec
+from corrector_jax.ranking import paired_bootstrap, read_trec
 from corrector_jax.report import staleness
 from corrector_jax.report.page import write_report
 from corrector_jax.report.plots import LIGHT, png
@@ -104,6 +104,11 @@ def results(job: Job, workdir: AnyPath, position: Position) -> dict[str, Any]:
     passes = (position.ledger["initial"] + position.ledger["refresh"]) / job.size
     distribution = records["after"]["distribution"]
     nothing = dict.fromkeys(("kl_stale", "kl_corrected", "drift", "corrected_error"))
+    before, after = (records[name]["per_query"] for name in ("before", "after"))
+    answered: dict[str, Any] = {}
+    if job.questions:
+        loaded, read = job.questions.loaded, records["after"]["read"]
+        answered = {"reader": {"source": loaded.source, "read": read}}
     return {
         "strategy": job.config.strategy,
         "seed": job.config.seed,
@@ -121,14 +126,14 @@ def results(job: Job, workdir: AnyPath, position: Position) -> dict[str, Any]:
             "layers": job.model.encoder.config.num_layers,
             "dim": job.model.dim,
         },
+        **answered,
         "eval": {name: record["metrics"] for name, record in records.items()},
         "comparison": {
             name: paired_bootstrap(
-                np.array(records["before"]["per_query"][name]),
-                np.array(records["after"]["per_query"][name]),
-                seed=job.config.seed,
+                np.array(before[name]), np.array(after[name]), seed=job.config.seed
             )._asdict()
-            for name in METRICS
+            for name in after
+            if name in before
         },
         "distribution": distribution or nothing,
         "ledger": {**position.ledger, "corpus_passes": round(passes, 4)},
@@ -156,6 +161,10 @@ def examples(job: Job, workdir: AnyPath) -> list[dict[str, Any]]:
         name: read_trec(workdir / "runs" / f"{name}.trec", split, job.data.target_ids)
         for name in ("before", "after")
     }
+    answers = {
+        name: json.loads((workdir / "eval" / f"{name}.json").read_text()).get("answers")
+        for name in found
+    }
 
     def shown(name: str, query: int) -> list[dict[str, Any]]:
         """The first results, and below them the first known positive if it comes later."""
@@ -173,12 +182,18 @@ def examples(job: Job, workdir: AnyPath) -> list[dict[str, Any]]:
             for rank in ranks
         ]
 
+    def answered(query: int) -> dict[str, Any]:
+        """What was answered, and what is right, where there is a reader."""
+        said = {name: texts[query] for name, texts in answers.items() if texts}
+        return {"answers": {"right": list(split.answers[query]), **said}} if said else {}
+
     return [
         {
             "query": split.texts[query],
             "positives": [job.data.target_texts[row] for row in split.positives[query]],
             "before": shown("before", query),
             "after": shown("after", query),
+            **answered(int(query)),
         }
         for query in chosen
     ]

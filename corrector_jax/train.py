@@ -225,7 +225,7 @@ def loop(
       PreemptedError: the run was asked to stop; everything up to here is saved.
     """
     job, config, position = run.job, run.job.config, run.position
-    step_fn, probe_fn = job.train_step(), job.probe_step()
+    stages, probe_fn = job.stages(), job.probe_step()
     fit_fn = job.fit_step() if job.method.corrector.landmarks else None
     lengths_fn = job.lengths_step() if job.method.corrector.has_lengths else None
     # All at once: computed in the loop, each would queue behind the step and wait for it.
@@ -265,15 +265,16 @@ def loop(
                 batch = run.lookahead.join(upcoming, state, cache)
                 upcoming = next(batches)
                 run.lookahead.start(upcoming, state, cache)
+            stage = next(one for one in stages[::-1] if one.start <= step)
             with run.timed("step"):
                 key = job.place.put_everywhere(rng.key(config.seed, "step", step))
                 # Nothing moves between host and device unasked: a step that waits is a bug.
                 with jax.transfer_guard("disallow"), trace.annotated(step):
-                    state, cache, measured = step_fn(state, cache, job.tokens, batch, key)
+                    state, cache, measured = stage.step(state, cache, job.tables, batch, key)
                 position.step = step + 1
-                position.ledger["encoded_with_grad"] += job.encoded_per_step
-                position.ledger["encoded_without_grad"] += job.method.uniform_rows
-                position.ledger["refresh"] += job.method.cache_policy.rows
+                position.ledger["encoded_with_grad"] += stage.with_grad
+                position.ledger["encoded_without_grad"] += stage.without_grad
+                position.ledger["refresh"] += stage.rewritten
                 # Reads the metrics of the step before, while this one runs.
                 rate = float(rates[step // config.train.accumulate])
                 note = run.log.add(
@@ -283,7 +284,7 @@ def loop(
                     note = run.log.flush()  # what follows takes long: the step's own time ends here
             position.train_seconds += time.monotonic() - entered
             if trace.is_last(step):
-                made = step_fn.lower(state, cache, job.tokens, batch, key).compile()
+                made = stage.step.lower(state, cache, job.tables, batch, key).compile()
                 trace.end(step, made.as_text() or "")
             advance(1, note)
 
@@ -291,6 +292,8 @@ def loop(
 def is_boundary(run: Run) -> bool:
     """Whether something other than a step follows: an evaluation, a save, a probe, the end."""
     config, step = run.job.config, run.position.step
+    if step and step == config.reader.given_steps:
+        return True  # other steps follow, which measure other things
     every = (config.eval.every, config.checkpoint.every)
     if step == config.train.steps or any(each and step % each == 0 for each in every):
         return True
@@ -375,17 +378,12 @@ def skipped(job: Job, workdir: AnyPath, position: Position, step: int) -> None:
 
 def keep_batch(job: Job, path: AnyPath, step: int) -> None:
     """Writes which queries and positives the batch before `step` had."""
-    batch, split = make_batch(job, step - 1), job.data.splits["train"]
-    rows = order.batch_rows(
-        step - 1,
-        num_queries=len(split.texts),
-        batch_size=job.config.train.batch_size,
-        seed=job.config.seed,
-    )
+    split, rows = job.queries_of(step - 1)
+    positive = np.asarray(make_batch(job, step - 1).positive)
     record = {
         "step": step,
-        "queries": [split.query_ids[row] for row in rows],
-        "positives": [job.data.target_ids[row] for row in np.asarray(batch.positive)],
+        "queries": [job.data.splits[split].query_ids[row] for row in rows],
+        "positives": [job.data.target_ids[row] for row in positive[positive >= 0]],
     }
     paths.write(path, json.dumps(record, indent=2) + "\n")
 
@@ -398,18 +396,7 @@ def place_batch(job: Job, step: int) -> Batch:
 
 def make_batch(job: Job, step: int) -> Batch:
     """The batch of a step on the host: a function of the seed and the step alone."""
-    return order.make_batch(
-        step,
-        query_tokens=job.query_tokens["train"],
-        positives=job.data.splits["train"].positives,
-        known=job.known,
-        batch_size=job.config.train.batch_size,
-        seed=job.config.seed,
-        lengths=job.query_lengths,
-        widths=job.query_widths,
-        mined=job.mined,
-        num_mined=job.num_mined,
-    )
+    return job.batch(step)
 
 
 def before(run: Run, state: TrainState, cache: TargetCache | None) -> TargetCache | None:
@@ -614,6 +601,7 @@ def after(run: Run, state: TrainState, cache: TargetCache | None) -> None:
         cache=cache,
         psi=state.corrector.gated,
         also=[run] if watched is None else [run, watched],
+        compare=True,
     )
     run.position.ledger["evaluation"] += result.encoded
     keep(run, "after", result)

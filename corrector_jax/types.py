@@ -4,6 +4,7 @@ Shape letters, used in every docstring:
   B  queries in a batch        m  draws per query             P  size of a candidate pool
   K  known positives, padded   N  targets                     R  rows of a sampling block
   D  embedding dimension       T  tokens of a text            Q  queries of an evaluation
+Where a reader answers, K is how many passages it reads for a question.
 """
 
 from __future__ import annotations
@@ -25,18 +26,31 @@ class UserError(ValueError):
     """
 
 
+class Asked(NamedTuple):
+    """The queries of a batch as a reader reads them, and what it is to answer.
+
+    Attributes:
+      question: [B, T] int32 tokens of the reader's own, without special ones, padded.
+      answer: [B, T'] int32, one of each question's answers, the reader's end token, padding.
+    """
+
+    question: ArrayLike
+    answer: ArrayLike
+
+
 class Batch(NamedTuple):
     """One training batch, in global order.
 
     Attributes:
       query_tokens: [B, T] int32, padded with the tokenizer's pad id.
-      positive: [B] int32, the labelled positive's row, y_i+.
+      positive: [B] int32, the labelled positive's row, y_i+; -1 where none is.
       known: [B, K] int32, rows of all known positives K_i (the labelled one among them), -1 pads.
       valid: [B] bool, False for a padded query: it takes part in nothing.
       mined: [B, m'] int32, rows of negatives found and chosen on the host: the data's own hard
         negatives, or a miner's; -1 pads. None where the strategy reads none.
       candidates: [B, K'] int32, rows that an index on the host found; -1 pads. None where the
         proposal reads none.
+      asked: the same queries for a reader; None where there is none.
     """
 
     query_tokens: ArrayLike
@@ -45,6 +59,7 @@ class Batch(NamedTuple):
     valid: ArrayLike
     mined: ArrayLike | None = None
     candidates: ArrayLike | None = None
+    asked: Asked | None = None
 
 
 class Tail(NamedTuple):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from corrector_jax.models.corrector import Linear, Mlp
-from corrector_jax.negatives import Candidates, Gated, Joined, Mined, Stale
+from corrector_jax.negatives import BestCandidates, Candidates, Gated, Joined, Mined, Stale
 from corrector_jax.sharding import make_placement
 from corrector_jax.types import Batch
 from tests import oracle
@@ -215,3 +215,31 @@ def test_candidates_and_a_cache_are_needed():
         proposal.draw(queries, psi, cache, given(known, None), key)
     with pytest.raises(ValueError, match="cache"):
         proposal.draw(queries, psi, None, given(known, candidates), key)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_best_candidates_are_distinct_and_in_order(devices):
+    """No sample: known positives, copies and what is not there are left out."""
+    queries, rows, known, candidates = problem()
+    corrector, place = Mlp(), make_placement(devices)
+    proposal = BestCandidates(5, BETA, corrector, tile_rows=40, place=place)
+    cache = oracle.filled(rows, place, block_rows=4)
+    found = jax.device_get(
+        oracle.jit(proposal.draw)(
+            queries, psi_of(corrector), cache, given(known, candidates), jax.random.key(0)
+        )
+    )
+    logits = dense(corrector)[0]
+    for query, heads in enumerate(candidates):
+        able = set(heads[heads >= 0].tolist()) - set(known[query].tolist())
+        wanted = sorted(able, key=lambda y: -logits[query, y])[:5]
+        assert found.ids[query][found.valid[query]].tolist() == wanted
+        assert found.valid[query].sum() == len(wanted)
+        if wanted:
+            z = oracle.log_sum_exp(logits[query, sorted(able)])
+            np.testing.assert_allclose(found.log_z[query], z, atol=2e-5)
+            np.testing.assert_allclose(
+                found.log_prob[query, : len(wanted)], logits[query, wanted] - z, atol=5e-5
+            )
+    assert found.valid.sum(axis=1).tolist()[2:] == [4, 0]
+    assert np.isfinite(found.log_prob).all()

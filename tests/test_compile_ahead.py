@@ -100,6 +100,32 @@ def test_mined_negatives_come_with_the_batch(folder, changes, mined):
     assert own == BATCH // 8 * (4 * 8 + 4 + 4 * KNOWN + 1 + 4 * mined)
 
 
+def test_a_reader_s_steps_and_what_it_reads_are_planned(folder):
+    plain, asked = (config(folder, reader=reader) for reader in (False, True))
+    encoder, lengths = compile_ahead.find_encoder(asked)
+    reader = compile_ahead.find_reader(asked)
+    program = make_program(asked, encoder, N, placement(asked), reader)
+    resident, steps = compile_ahead.lower_steps(program, lengths)
+    assert [name for name, _, _ in steps] == [
+        "embed", "search", "given", "train", "read", "probe", "gap",
+    ]  # fmt: skip
+    own = {name: own for name, _, own in steps}
+    batch = BATCH // 8 * (4 * 8 + 4 + 4 + 1 + 4 * (6 + 3))  # with question and answer
+    assert own["train"] == own["given"] == batch
+    for name, lower, _ in steps:
+        if name in ("given", "read"):
+            assert lower().as_text()
+    # Beside what a retriever holds: the reader, its moments, and its own table of the corpus.
+    state = compile_ahead.abstract_state(program)
+    reads = compile_ahead.held_bytes(state.params["reader"])
+    made = make_program(plain, encoder, N, placement(plain))
+    before = compile_ahead.lower_steps(made, lengths)[0]
+    assert resident - before > 3 * reads + N * 12 * 2 // 8
+    assert compile_ahead.find_reader(
+        config(folder, reader=True, reader__weights="google-t5/t5-base")
+    ).config.encoder.hidden_size == 768  # fmt: skip
+
+
 def test_the_work_is_what_the_method_says(folder):
     steps = compiled(folder, "cpu:8")
 

@@ -135,3 +135,27 @@ def test_the_corrector_ramps_up_after_the_start_and_after_every_reset():
     np.testing.assert_allclose(moves[10:], 1e-2, rtol=1e-3)
     again = -np.diff([1.0] + [float(p["bias"][0]) for p in run(tx, [ones] * 2)])
     np.testing.assert_allclose(again, moves[:2])
+
+
+def test_a_delayed_schedule_is_the_same_later():
+    rate = optimizer.schedule("linear", peak=0.5, warmup=3, steps=10)
+    later = jax.vmap(optimizer.delayed(rate, 4))(jnp.arange(14))
+    np.testing.assert_allclose(later, [0] * 4 + [float(rate(n)) for n in range(10)], atol=1e-7)
+    assert optimizer.delayed(rate, 0) is rate
+
+
+def test_a_reader_beside_the_encoders_has_an_optimizer_and_a_clip_of_its_own():
+    """A gradient as large as this one clips its own side alone; what is frozen does not decay."""
+    params = {name: {"kernel": jnp.ones((2, 2))} for name in ("query", "target", "reader")}
+    scale = {"query": 0.1, "target": 0.1, "reader": 100.0}
+    gradients = {name: {"kernel": scale[name] * jnp.ones((2, 2))} for name in params}
+
+    def made(rate):
+        return optax.chain(optax.clip_by_global_norm(1.0), optax.add_decayed_weights(0.1),
+                           optax.sgd(rate))  # fmt: skip
+
+    tx = optimizer.beside_reader(made(1.0), made(2.0), frozen=("target",))
+    after = optax.apply_updates(params, tx.update(gradients, tx.init(params), params)[0])
+    after = {name: float(tree["kernel"][0, 0]) for name, tree in after.items()}
+    # Without the frozen tower, the norm of 0.1 in four places is 0.2: nothing to clip.
+    assert after == pytest.approx({"query": 0.8, "target": 1.0, "reader": 1 - 2 * 0.6})

@@ -39,6 +39,25 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
+def write_questions(folder: Path) -> Path:
+    """A folder of text files: a question is some words of its passage, the answer its first one."""
+    rng = random.Random(1)
+    passages = [rng.sample(WORDS, rng.randint(4, 9)) for _ in range(TARGETS)]
+    folder.mkdir(parents=True)
+    for row, words in enumerate(passages):
+        (folder / f"p{row:02}.txt").write_text(" ".join(words) + "\n")
+    lines = []
+    for split, count in (("train", TRAIN), ("dev", HELD_OUT), ("test", HELD_OUT)):
+        for _ in range(count):
+            row = rng.randrange(TARGETS)
+            answer, *words = passages[row]
+            question = f"{' '.join(rng.sample(words, 3))} {rng.choice(WORDS)}"
+            record = {"query": question, "positives": [f"p{row:02}.txt"], "split": split}
+            lines.append(json.dumps(record | {"answers": [answer, f"{answer} {answer}"]}))
+    (folder / "queries.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
 def write_tokenizer(folder: Path) -> Path:
     """A folder with a word-level tokenizer.json of BERT's special tokens."""
     folder.mkdir(parents=True)
@@ -88,10 +107,41 @@ def overrides(folder: Path) -> dict[str, object]:
     }
 
 
+def reader_overrides(folder: Path) -> dict[str, object]:
+    """What makes it a run that learns from answers; its data are written below `folder` too."""
+    data = folder / "questions"
+    if not data.exists():
+        write_questions(data)
+    return {
+        "data.path": str(data),
+        "reader.weights": "random",
+        "reader.layers": 1,
+        "reader.hidden": 16,
+        "reader.heads": 2,
+        "reader.intermediate": 32,
+        "reader.passages": 3,
+        "reader.given_steps": 2,
+        "reader.given_share": 0.3,
+        "reader.given": 2,
+        "reader.learning_rate": 1e-2,
+        "reader.warmup": 2,
+        "reader.query_max_len": 6,
+        "reader.passage_max_len": 12,
+        "reader.answer_max_len": 3,
+        "train.steps": 10,
+        "eval.bm25": False,
+    }
+
+
 def config(folder: Path, **changes: object) -> ConfigDict:
-    """The configuration of a tiny run; changes are dotted keys with `__` for the dot."""
+    """The configuration of a tiny run, with `reader=True` of one that learns from answers.
+
+    Changes are dotted keys with `__` for the dot.
+    """
     result = configs.default()
-    keys = overrides(folder) | {key.replace("__", "."): value for key, value in changes.items()}
+    reader = changes.pop("reader", False)
+    keys = overrides(folder) | (reader_overrides(folder) if reader else {})
+    keys |= {key.replace("__", "."): value for key, value in changes.items()}
     result.update_from_flattened_dict(keys)
     configs.validate(result)
     return result

@@ -30,6 +30,7 @@ import re
 import sysconfig
 import tokenize
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -86,7 +87,8 @@ def build(
 
     Returns:
       Ungraded train, dev and test splits with one positive per query; a target and its query share
-      an id such as 'json.decoder:JSONDecoder.decode'.
+      an id such as 'json.decoder:JSONDecoder.decode'. The answer to a query is the
+      function's name, where no other function has it.
 
     Raises:
       UserError: the interpreter has no readable standard library.
@@ -104,6 +106,7 @@ def build(
             "This interpreter has no sources of its standard library to make the default data of: "
             "write the folder of a BEIR data set in data.path."
         )
+    held_by = Counter(_name(candidate.identifier) for candidate in kept)
     rows_of: dict[str, list[int]] = {name: [] for name in _SPLITS}
     for row, candidate in enumerate(kept):
         bucket = stable_hash(normalise(candidate.sentence)) % 100
@@ -118,11 +121,27 @@ def build(
                 texts=[kept[row].sentence for row in rows],
                 positives=[np.array([row], np.int32) for row in rows],
                 grades=[np.ones(1, np.int32) for _ in rows],
+                answers=[_answers(_name(kept[row].identifier), held_by) for row in rows],
             )
             for name, rows in rows_of.items()
             if rows
         },
     )
+
+
+def _name(identifier: str) -> str:
+    return re.split(r"[:.]", identifier)[-1]
+
+
+def _answers(name: str, held_by: Counter[str]) -> list[str]:
+    """A function's name, and where it has several words, the same with blanks in between.
+
+    Tokenizers of word pieces give a text back in this form. None where functions share the name:
+    it would be found in other passages too.
+    """
+    if held_by[name] > 1:
+        return []
+    return list(dict.fromkeys([name, " ".join(re.findall(r"_|[^\W_]+", name))]))
 
 
 def first_sentence(docstring: str) -> str | None:

@@ -143,7 +143,7 @@ def subset(data: RetrievalData, *, max_targets: int = 0, max_queries: int = 0) -
             )
     if max_queries:
         thinned = {
-            name: _keep_queries(split, _smallest(split.query_ids, max_queries).tolist())
+            name: keep_queries(split, _smallest(split.query_ids, max_queries).tolist())
             for name, split in data.splits.items()
             if name != "train"
         }
@@ -167,7 +167,8 @@ def _smallest(ids: Sequence[str], count: int) -> np.ndarray:
     return np.sort(np.argsort(hashes, kind="stable")[:count])
 
 
-def _keep_queries(split: Split, rows: Sequence[int]) -> Split:
+def keep_queries(split: Split, rows: Sequence[int]) -> Split:
+    """Some of a split's queries, in the order of `rows`."""
     return Split(
         query_ids=[split.query_ids[row] for row in rows],
         texts=[split.texts[row] for row in rows],
@@ -198,7 +199,7 @@ def keep_targets(data: RetrievalData, rows: np.ndarray) -> RetrievalData:
             grades=[grades[kept >= 0] for grades, kept in zip(split.grades, judged, strict=True)],
             negatives=[kept[kept >= 0] for kept in (new_row[rows] for rows in split.negatives)],
         )
-        split = _keep_queries(split, [i for i, kept in enumerate(split.positives) if len(kept)])
+        split = keep_queries(split, [i for i, kept in enumerate(split.positives) if len(kept)])
         if split.query_ids:
             splits[name] = split
     return dataclasses.replace(

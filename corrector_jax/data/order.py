@@ -17,7 +17,7 @@ import numpy as np
 
 from corrector_jax.types import Batch
 
-_ORDER, _POSITIVE, _MINED = 0, 1, 2  # streams that share a seed
+_ORDER, _POSITIVE, _MINED, _ANSWER = 0, 1, 2, 3  # streams that share a seed
 
 T = TypeVar("T")
 
@@ -88,6 +88,25 @@ def choose_mined(
     return chosen
 
 
+def choose_answer(
+    rows: np.ndarray, answers: Sequence[np.ndarray], *, seed: int, step: int
+) -> np.ndarray:
+    """The answer of each example that is learned at a step: one of its own, all equally likely.
+
+    Args:
+      rows: [B] the queries of the step, as from `batch_rows`.
+      answers: per query of the split, its answers as tokens, [a, T] int32, a > 0.
+      seed: >= 0.
+      step: t >= 0.
+
+    Returns:
+      [B, T] int32.
+    """
+    words = _words(_ANSWER, seed, step, count=len(rows))
+    held = [answers[row] for row in rows]
+    return np.stack([some[w % len(some)] for some, w in zip(held, words.tolist(), strict=True)])
+
+
 def make_batch(
     step: int,
     *,
@@ -100,6 +119,7 @@ def make_batch(
     widths: Sequence[int] = (),
     mined: Sequence[np.ndarray] = (),
     num_mined: int = 0,
+    first: int = 0,
 ) -> Batch:
     """The training batch of a step.
 
@@ -114,11 +134,13 @@ def make_batch(
       widths: of `bucket_widths`, in rising order; the first that holds every query is used.
       mined: per query, the rows of its mined negatives; only read where some are wanted.
       num_mined: how many of them a query gets; 0 = the batch has none.
+      first: the step that begins with the first of these queries.
 
     Returns:
       A `Batch` of NumPy arrays, every query valid.
     """
-    rows = batch_rows(step, num_queries=len(query_tokens), batch_size=batch_size, seed=seed)
+    size = len(query_tokens)
+    rows = batch_rows(step - first, num_queries=size, batch_size=batch_size, seed=seed)
     width = query_tokens.shape[1]
     if lengths is not None:
         longest = lengths[rows].max()

@@ -79,6 +79,50 @@ class TextTokenizer:
                 tokens[row, : len(ids)] = ids
         return tokens
 
+    def bare(self, texts: Sequence[str], *, max_len: int, prefix: str = "") -> np.ndarray:
+        """Tokenizes texts without special tokens.
+
+        Args:
+          texts: n texts.
+          max_len: T; longer texts lose their end.
+          prefix: put before every text.
+
+        Returns:
+          [n, T] int32, padded with `pad_id`.
+        """
+        self._tokenizer.no_truncation()
+        tokens = np.full((len(texts), max_len), self.pad_id, np.int32)
+        for start in range(0, len(texts), _CHUNK):
+            chunk = [prefix + text for text in texts[start : start + _CHUNK]]
+            found = self._tokenizer.encode_batch_fast(chunk, add_special_tokens=False)
+            for row, encoding in enumerate(found, start):
+                ids = encoding.ids[:max_len]
+                tokens[row, : len(ids)] = ids
+        return tokens
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token ids [T], special ones left out."""
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+    def word(self, token: int) -> str:
+        """What a token id is called in the vocabulary."""
+        return str(self._tokenizer.id_to_token(token))
+
+    @property
+    def end_id(self) -> int:
+        """The special token that ends every text.
+
+        Raises:
+          UserError: none does.
+        """
+        special = self._tokenizer.encode("").ids
+        if not special:
+            raise UserError(
+                "The tokenizer.json ends no text with a special token, which an answer needs: "
+                "give one that does, such as BERT's or T5's."
+            )
+        return int(special[-1])
+
     def count(self, texts: Sequence[str], *, prefix: str = "") -> np.ndarray:
         """How many tokens texts have, special tokens included, with nothing cut off.
 

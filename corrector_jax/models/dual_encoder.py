@@ -130,12 +130,14 @@ class DualEncoder:
         configured beta, so selection, loss and divergences all see the learned one.
       wrap: what a tower is put through before it is applied, such as `rematerialised`: memory
         and placement, never results.
+      frozen: of "query" and "target", the sides that no gradient reaches.
     """
 
     encoder: Encoder
     shared: bool = True
     learn_beta: bool = False
     wrap: Callable[[Encode], Encode] = lambda encode: encode
+    frozen: frozenset[str] = frozenset()
 
     @property
     def dim(self) -> int:
@@ -177,20 +179,24 @@ class DualEncoder:
     def encode_queries(self, params: PyTree, tokens: ArrayLike) -> Array:
         """f: [B, T] integer tokens -> [B, D] float32; scaled by the ratio where beta is learned."""
         with jax.named_scope("encode_queries"):
-            queries = self._encode(params["shared" if self.shared else "query"], tokens)
+            queries = self._encode(params, "query", tokens)
         return queries * self.beta_ratio(params) if self.learn_beta else queries
 
     def encode_targets(self, params: PyTree, tokens: ArrayLike) -> Array:
         """g: [B, T] integer tokens -> [B, D] float32."""
         with jax.named_scope("encode_targets"):
-            return self._encode(params["shared" if self.shared else "target"], tokens)
+            return self._encode(params, "target", tokens)
 
     def axes(self) -> Axes:
         """What the axes of the large parameters are, for those who split them."""
         projection = {"projection/kernel": ("width", None)} if self.encoder.project else {}
         return {**self.encoder.config.axes(), **projection}
 
-    def _encode(self, tree: PyTree, tokens: ArrayLike) -> Array:
+    def _encode(self, params: PyTree, side: str, tokens: ArrayLike) -> Array:
+        tree = params["shared" if self.shared else side]
+        if side in self.frozen:
+            tree = jax.lax.stop_gradient(tree)
+
         def encode(tree: PyTree, tokens: Array) -> Array:
             return cast(Array, self.encoder.apply({"params": tree}, tokens))
 

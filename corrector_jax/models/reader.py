@@ -111,6 +111,34 @@ class ReaderConfig:
             yield Place(("head",), "lm_head.weight", shape)
 
 
+def pack(question: ArrayLike, passages: ArrayLike, *, pad_id: int) -> Array:
+    """Question and passage as one text each, without padding in between.
+
+    Positions are relative: padding between the two would put a passage further away the shorter
+    the question is.
+
+    Args:
+      question: [B, T] of any integer dtype, padded.
+      passages: [B, K, T'] likewise.
+      pad_id: what fills rows up.
+
+    Returns:
+      [B, K, T + T'] int32: the question's tokens, the passage's, padding.
+
+    Example:
+      >>> pack(jnp.array([[7, 8, 0]]), jnp.array([[[5, 6], [4, 0]]]), pad_id=0).tolist()
+      [[[7, 8, 5, 6, 0], [7, 8, 4, 0, 0]]]
+    """
+    question, passages = (jnp.asarray(x, jnp.int32) for x in (question, passages))
+    width, more = question.shape[1], passages.shape[2]
+    asked = (question != pad_id).sum(axis=1)[:, None, None]
+    place = jnp.arange(width + more)[None, None, :]
+    first = jnp.pad(question, ((0, 0), (0, more)), constant_values=pad_id)[:, None, :]
+    at = jnp.broadcast_to(place - asked, (*passages.shape[:2], width + more))
+    second = jnp.take_along_axis(passages, jnp.clip(at, 0, more - 1), axis=2)
+    return jnp.where(place < asked, first, jnp.where(at < more, second, pad_id))
+
+
 class Passages(NamedTuple):
     """Passages as the encoder leaves them.
 

@@ -1,4 +1,4 @@
-"""Sizes of well-known encoders, so that a run can be planned before anything is downloaded."""
+"""Sizes of well-known encoders and readers: a run can be planned before anything is downloaded."""
 
 from __future__ import annotations
 
@@ -44,6 +44,13 @@ def _t5(width: int, layers: int, heads: int, inner: int) -> dict[str, Any]:
         "d_ff": inner,
     }
 
+
+READERS = {
+    "google-t5/t5-small": _t5(512, 6, 8, 2048),
+    "google-t5/t5-base": _t5(768, 12, 12, 3072),
+    "google-t5/t5-large": _t5(1024, 24, 16, 4096),
+}
+"""Hub id -> what shapes a reader, as its `config.json` states; the head is the table of words."""
 
 SIZES = {
     "sentence-transformers/gtr-t5-base": Sizes(_t5(768, 12, 12, 3072), projection=768),

@@ -18,6 +18,9 @@ from corrector_jax.report import staleness
 from corrector_jax.report.parts import figure, table, whole
 from corrector_jax.report.plots import PLOTS, bars
 from corrector_jax.report.words import (
+    ANSWERS,
+    answer_sentence,
+    answered,
     baseline_sentence,
     cache_sentence,
     count,
@@ -152,6 +155,7 @@ def _page(
     title = escape(f"{dataset} · {strategy}")
     sentences = [
         recall_sentence(results),
+        answer_sentence(results),
         baseline_sentence(results),
         cache_sentence(results),
         kl_sentence(results),
@@ -171,7 +175,7 @@ def _page(
 <p class="note">{escape(_split_words(results))} The best of each column is bold.</p>
 {_results_table(results)}
 </section>
-<section>
+{_answers(results)}<section>
 <h2>Staleness</h2>
 <p class="note">How far the cache is from fresh embeddings at the end, over all targets: the KL
 divergence from the fresh softmax to the one over the cache, and the squared error of the embeddings
@@ -303,6 +307,24 @@ def _results_table(results: Mapping[str, Any]) -> str:
     return table("Retrieval measures", ["", *METRICS], rows)
 
 
+def _answers(results: Mapping[str, Any]) -> str:
+    """The section on answers; empty where there is no reader."""
+    systems = answered(results)
+    if not systems:
+        return ""
+    rows = [
+        (escape(label), [number(finite(metrics, metric)) for metric in ANSWERS])
+        for label, metrics in systems
+    ]
+    return (
+        "<section>\n<h2>Answers</h2>\n"
+        '<p class="note">Exact match and F1 as SQuAD counts them; answer recall: the share of '
+        "questions for which one of the best targets holds an answer. Below, what the trained "
+        "reader answers from other passages than those found.</p>\n"
+        f"{table('Answers', ['', *ANSWERS], rows)}\n</section>\n"
+    )
+
+
 def _distribution_table(results: Mapping[str, Any]) -> str:
     names = ("kl_stale", "kl_corrected", "drift", "corrected_error")
     values = {name: finite(results, "distribution", name) for name in names}
@@ -362,8 +384,9 @@ def _example(example: Mapping[str, Any]) -> str:
     positives = example.get("positives") or []
     texts = "\n".join(f"<pre>\n{escape(_cut(text))}</pre>" for text in positives)
     known = "1 known positive" if len(positives) == 1 else f"{len(positives)} known positives"
+    said = _said(example.get("answers") or {})
     return f"""<article class="card example">
-<h3>{escape(_cut(example.get("query", "")))}</h3>
+<h3>{escape(_cut(example.get("query", "")))}</h3>{said}
 <p class="note">First relevant target: {escape(_first(before))} before, {escape(_first(after))}
 after.</p>
 <details class="positives"><summary>{known}</summary>
@@ -373,6 +396,18 @@ after.</p>
 {sides}
 </div>
 </article>"""
+
+
+def _said(answers: Mapping[str, Any]) -> str:
+    """What was answered before and after training, and what is right; empty without a reader."""
+    if not answers:
+        return ""
+    right = " or ".join(map(str, answers.get("right") or []))
+    before, after = (str(answers.get(name, "-")) for name in ("before", "after"))
+    return (
+        f'\n<p class="note">Answered before: <b>{escape(before)}</b>; after: '
+        f"<b>{escape(after)}</b>; right: {escape(right)}.</p>"
+    )
 
 
 def _first(hits: Sequence[Mapping[str, Any]]) -> str:

@@ -109,6 +109,47 @@ def finite(tree: Mapping[str, Any], *keys: str) -> float | None:
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
+ANSWERS = ("em", "f1", "answer_recall@1", "answer_recall@5", "answer_recall@20")
+"""What is measured of answers, and of whether what was found holds one."""
+
+_READ = {
+    "known_positives": "reads known positives",
+    "no_passage": "reads no passage",
+    "any_passages": "reads any passages",
+}
+
+
+def answered(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float]]]:
+    """Who answered: before and after training, and the trained reader on other passages.
+
+    Args:
+      results: what `results.json` holds.
+
+    Returns:
+      (name, {metric: value}) of each; empty where there is no reader.
+    """
+    systems = [(label, metrics) for label, metrics in measured(results) if "em" in metrics]
+    read = get(results, "reader", "read") or {}
+    return systems + [(label, read[key]) for key, label in _READ.items() if key in read]
+
+
+def answer_sentence(results: Mapping[str, Any]) -> str:
+    """How exact match changed; empty where there is no reader.
+
+    Args:
+      results: what `results.json` holds.
+    """
+    before, after = (finite(results, "eval", name, "em") for name in ("before", "after"))
+    if before is None or after is None:
+        return ""
+    low, high = (finite(results, "comparison", "em", end) for end in ("low", "high"))
+    interval = f", 95 % interval {signed(low)} to {signed(high)}"
+    return (
+        f"Exact match of the answers was {number(before)} before and {number(after)} after "
+        f"training ({signed(after - before)}{'' if low is None else interval})."
+    )
+
+
 def measured(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float]]]:
     """The systems that were evaluated, weakest claim first.
 
@@ -273,8 +314,14 @@ def summary_table(results: Mapping[str, Any]) -> str:
     if comparison:
         gains = [signed(finite(comparison, metric, "difference")) for metric in METRICS]
         lines.append(f"{'after minus before':<24}" + "".join(f"{gain:>11}" for gain in gains))
+    if systems := answered(results):
+        lines.append(" " * 24 + "".join(f"{m.replace('answer_', ''):>11}" for m in ANSWERS))
+        for label, metrics in systems:
+            cells = "".join(f"{number(metrics.get(metric)):>11}" for metric in ANSWERS)
+            lines.append(f"{label:<24}{cells}")
     sentences = [
         recall_sentence(results),
+        *filter(None, [answer_sentence(results)]),
         kl_sentence(results) or cache_sentence(results),
         "Targets encoded: "
         + ", ".join(

@@ -28,15 +28,16 @@ DriftLoss = Callable[[PyTree, Pairs], Array]
 
 @struct.dataclass
 class Selected:
-    """The labelled positive and the draws of every query, stale and fresh.
+    """The labelled positive, where there is one, and the draws of every query, stale and fresh.
 
     Attributes:
       draws: what the proposal drew.
-      ids: [B, 1 + m] int32, the positive first.
+      ids: [B, 1 + m] int32, the positive first; [B, m] where none is labelled, as below.
       fresh: [B, 1 + m, D] float32, with gradient.
       stale: [B, 1 + m, D] float32, or None where there is no cache.
       lengths: [B, 1 + m] float32, by which their corrected logits are divided, or None.
       there: [B, 1 + m] bool, False for a padded query and for a draw that is not valid.
+      labelled: columns that stand before the draws: 1, or 0.
     """
 
     draws: Draws
@@ -45,6 +46,7 @@ class Selected:
     stale: Array | None
     lengths: Array | None
     there: Array
+    labelled: int = struct.field(pytree_node=False, default=1)
 
 
 def select(
@@ -79,6 +81,94 @@ def select(
     """
     draws = proposal.draw(jax.lax.stop_gradient(queries), psi, cache, batch, key)
     ids = jnp.concatenate([batch.positive[:, None], draws.ids], axis=1)
+    fresh, stale, lengths = _encode(params, ids, cache, tokens, model=model, place=place)
+    there = jnp.concatenate([jnp.ones_like(ids[:, :1], bool), draws.valid], axis=1)
+    return Selected(draws, ids, fresh, stale, lengths, there & batch.valid[:, None])
+
+
+def retrieve(
+    params: PyTree,
+    queries: Array,
+    psi: Gated,
+    cache: TargetCache | None,
+    tokens: TargetTokens,
+    batch: Batch,
+    key: Array,
+    *,
+    model: DualEncoder,
+    proposal: Proposal,
+    count: int,
+    place: Placement,
+) -> Selected:
+    """As `select` where nothing is labelled: what is drawn is all there is.
+
+    Args:
+      params: the encoders' parameters.
+      queries: [B, D] float32.
+      psi: the corrector as selection uses it.
+      cache: the cache, or None.
+      tokens: the token table.
+      batch: the batch; its positives are not read.
+      key: this step's key for drawing.
+      model: the dual encoder.
+      proposal: where targets come from; those it draws are distinct.
+      count: K, how many of its draws are kept: the best by fresh score, where it draws more.
+      place: the mesh.
+
+    Returns:
+      B x K targets, none of them labelled.
+    """
+    cut = jax.lax.stop_gradient(queries)
+    draws = proposal.draw(cut, psi, cache, batch, key)
+    if count < proposal.draws:
+        draws = rerank(params, cut, draws, tokens, count=count, model=model, place=place)
+    fresh, stale, lengths = _encode(params, draws.ids, cache, tokens, model=model, place=place)
+    there = draws.valid & jnp.asarray(batch.valid)[:, None]
+    return Selected(draws, draws.ids, fresh, stale, lengths, there, labelled=0)
+
+
+def rerank(
+    params: PyTree,
+    queries: Array,
+    draws: Draws,
+    tokens: TargetTokens,
+    *,
+    count: int,
+    model: DualEncoder,
+    place: Placement,
+) -> Draws:
+    """The best of some draws by fresh score: stale scores choose many, fresh ones among them.
+
+    Args:
+      params: the encoders' parameters; nothing here has a gradient.
+      queries: [B, D] float32.
+      draws: L of each query.
+      tokens: the token table.
+      count: K, how many are kept.
+      model: the dual encoder.
+      place: the mesh.
+
+    Returns:
+      K draws of each query, best first, without kappa.
+    """
+    rows = encode_rows(params, tokens, draws.ids.reshape(-1), model=model, place=place)
+    fresh = rows.reshape(*draws.ids.shape, -1)
+    scores = jnp.einsum("bd,bld->bl", queries, fresh, precision=jax.lax.Precision.HIGHEST)
+    _, at = jax.lax.top_k(jnp.where(draws.valid, scores, -jnp.inf), count)
+    ids, log_prob, valid = (jnp.take_along_axis(x, at, axis=1) for x in draws[:3])
+    return Draws(ids, log_prob, valid, draws.log_z, tail=draws.tail)
+
+
+def _encode(
+    params: PyTree,
+    ids: Array,
+    cache: TargetCache | None,
+    tokens: TargetTokens,
+    *,
+    model: DualEncoder,
+    place: Placement,
+) -> tuple[Array, Array | None, Array | None]:
+    """[B, n] rows -> fresh embeddings [B, n, D] with gradient, stale ones, lengths [B, n]."""
     rows = ids.reshape(-1)  # query by query, so that a device's share is its own queries'
     text = place.split(caches.take_tokens(tokens, rows, place))
     fresh = model.encode_targets(params, text).reshape(*ids.shape, -1)
@@ -87,8 +177,7 @@ def select(
         stale = caches.take(cache, rows, place).reshape(fresh.shape)
         lengths = caches.take_lengths(cache, rows, place)
         lengths = None if lengths is None else lengths.reshape(ids.shape)
-    there = jnp.concatenate([jnp.ones_like(ids[:, :1], bool), draws.valid], axis=1)
-    return Selected(draws, ids, fresh, stale, lengths, there & batch.valid[:, None])
+    return fresh, stale, lengths
 
 
 def own_pool(queries: Array, chosen: Selected, *, beta: float) -> Pool:
@@ -187,7 +276,7 @@ def without_probable_positives(
 
 
 def pairs_of(chosen: Selected) -> Pairs:
-    """Stale and fresh embeddings of the positives and draws, duplicates kept: [B (1 + m), D]."""
+    """Stale and fresh embeddings of all that was chosen, duplicates kept: [B (1 + m), D]."""
     assert chosen.stale is not None  # strategies without a cache have no corrector
     dim = chosen.fresh.shape[-1]
     return Pairs(
@@ -284,7 +373,7 @@ def drift_loss(
             assert chosen.stale is not None
             own = pool.ids.ndim == 2
             # A shared pool is the draws, preceded by each query's positive where those join.
-            first = 0 if not own and pool.ids.size == chosen.ids.size else 1
+            first = 0 if not own and pool.ids.size == chosen.ids.size else chosen.labelled
             rows = corrector.apply(psi, chosen.stale[:, first:], 1.0)
             shape = "bd,bmd->bm" if own else "bd,kmd->bkm"
             logits = beta * jnp.einsum(shape, queries, rows)

@@ -2,58 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import optax
 
-from corrector_jax import cache as caches
 from corrector_jax import losses, metrics
 from corrector_jax.cache import TargetCache, TargetTokens
 from corrector_jax.metrics import Mean
-from corrector_jax.models.corrector import Corrector
 from corrector_jax.models.dual_encoder import DualEncoder
-from corrector_jax.negatives import Gated, Proposal
+from corrector_jax.negatives import Gated
 from corrector_jax.sharding import Placement
 from corrector_jax.state import TrainState
 from corrector_jax.steps import selection
-from corrector_jax.steps.cache_policy import CachePolicy, Keep
+from corrector_jax.steps.method import Method, drift_pairs, learn_drift, settle
 from corrector_jax.types import Array, Batch, PyTree
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """A strategy as the step sees it: values and functions, no names to branch on.
-
-    Attributes:
-      beta: inverse temperature.
-      proposal: where negatives come from.
-      estimator: the task loss, one of `losses.ESTIMATORS`.
-      shared: whether the batch shares one pool of candidates.
-      positives: whether a shared pool holds the labelled positives too.
-      corrector: h.
-      uniform_rows: u, uniform targets encoded without gradient for the drift loss.
-      mse_weight: weight of the mean squared error in the drift loss.
-      kl_weight: weight of the KL divergence over the pool in the drift loss.
-      cache_policy: what a step does to the cache.
-      in_batch: whether a query's own pool is joined by the batch's other positives.
-      max_relative_score: candidates that score above this share of the positive are dropped;
-        0 = none.
-    """
-
-    beta: float
-    proposal: Proposal
-    estimator: losses.Estimator
-    shared: bool
-    positives: bool
-    corrector: Corrector
-    uniform_rows: int = 0
-    mse_weight: float = 1.0
-    kl_weight: float = 0.0
-    cache_policy: CachePolicy = dataclasses.field(default_factory=Keep)
-    in_batch: bool = False
-    max_relative_score: float = 0.0
 
 
 def task_loss(
@@ -166,35 +128,18 @@ def train_step(
         measured["beta"] = Mean(beta, jnp.float32(1.0))
     corrector = state.corrector
     if cache is not None:
-        # Pairs are made with the parameters that made the fresh scores, before the update.
-        pairs = selection.pairs_of(chosen)
-        if method.uniform_rows:
-            more = selection.uniform_pairs(
-                state.params, cache, tokens, uniform_key,
-                count=method.uniform_rows, model=model, place=place,
-            )  # fmt: skip
-            pairs = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), pairs, more)
-        corrected = method.corrector.apply(corrector.params, pairs.stale, 1.0)
-        measured |= {
-            "drift": metrics.relative_error(pairs.stale, pairs.fresh, pairs.weight),
-            "corrected_error": metrics.relative_error(corrected, pairs.fresh, pairs.weight),
-            "cache_age": Mean(caches.age(cache, state.step), jnp.float32(1.0)),
-        }
-        measured |= selection.draw_metrics(
+        pairs, of_drift = drift_pairs(
+            state, cache, tokens, chosen, uniform_key, model=model, method=method, place=place
+        )
+        measured |= of_drift | selection.draw_metrics(
             queries, chosen, batch, beta=method.beta, independent=method.proposal.independent
         )
-        if method.corrector.learns:
-            loss_of = selection.drift_loss(
-                queries, chosen, pool,
-                corrector=method.corrector, beta=method.beta,
-                mse_weight=method.mse_weight, kl_weight=method.kl_weight,
-            )  # fmt: skip
-            corrector = selection.update_corrector(corrector, pairs, tx=corrector_tx, loss=loss_of)
+        corrector = learn_drift(
+            corrector, queries, chosen, pool, pairs, method=method, tx=corrector_tx
+        )
     new = TrainState(state.step, params, opt_state, corrector)
-    finite = jnp.isfinite(loss + measured["grad_norm"].total + optax.tree.norm(corrector.params))
-    measured["skipped"] = Mean(1.0 - finite.astype(jnp.float32), jnp.float32(1.0))
-    # One batch that overflows must not undo days of training: such a step changes nothing.
-    kept = jax.tree.map(lambda now, before: jnp.where(finite, now, before), new, state)
+    score = loss + measured["grad_norm"].total
+    kept, finite, measured["skipped"] = settle(new, state, score)
     if cache is not None:
         cache = method.cache_policy.update(cache, state.params, tokens, chosen, state.step, finite)
-    return dataclasses.replace(kept, step=state.step + 1), cache, measured
+    return kept, cache, measured

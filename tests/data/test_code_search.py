@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 import sysconfig
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from corrector_jax.answers import has_answer
 from corrector_jax.data import code_search
 from corrector_jax.data.code_search import first_sentence
 from corrector_jax.data.dataset import RetrievalData
@@ -282,3 +284,20 @@ def test_an_environment_without_sources_is_refused(build_from):
 )
 def test_first_sentence(docstring: str, sentence: str | None):
     assert first_sentence(docstring) == sentence
+
+
+def test_a_name_is_an_answer_where_one_function_has_it(real: RetrievalData):
+    names = Counter(identifier.rpartition(":")[2].rpartition(".")[2] for identifier in
+                    real.target_ids)  # fmt: skip
+    several = 0
+    for split in real.splits.values():
+        for row, answers in zip(split.positives, split.answers, strict=True):
+            name = real.target_ids[row[0]].rpartition(":")[2].rpartition(".")[2]
+            if names[name] > 1:
+                assert answers == []
+                continue
+            assert answers[0] == name
+            assert has_answer(real.target_texts[row[0]], answers[:1])
+            several += len(answers) == 2
+            assert all(answer.replace(" ", "") == name for answer in answers)
+    assert several > 100

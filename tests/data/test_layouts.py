@@ -183,3 +183,24 @@ def test_real_data_with_several_positives(shared_data: Path, tmp_path: Path):
         known = data.known_positives(name)
         assert known.shape == (count, largest)
         assert (known >= 0).sum() == len(lines)
+
+
+def test_the_answer_in_a_query_s_metadata_is_read(tmp_path: Path):
+    """HotpotQA's; what other data sets put there is none."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    written.beir(folder)
+    path = folder / "queries.jsonl"
+    more = [{"answer": "yes"}, {"answer": ["a"]}, {"answer": " "}, {}, None, "text"]
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for number, record in enumerate(records):
+        record["metadata"] = more[number % len(more)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    data = load(folder)
+    expected = {
+        record["text"]: ["yes"] if record["metadata"] == more[0] else [] for record in records
+    }
+    for split in data.splits.values():
+        for text, answers in zip(split.texts, split.answers, strict=True):
+            assert answers == expected[text]
+    assert sum(map(len, expected.values())) > 1

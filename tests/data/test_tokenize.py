@@ -146,3 +146,23 @@ def test_fingerprints_differ_with_all_that_matters(minilm, minilm_json):
     prints.append(token_fingerprint(other, **base))
     assert len(set(prints)) == len(prints)
     assert token_fingerprint(minilm, **base) == prints[0]
+
+
+def test_bare_texts_have_no_special_tokens(minilm: TextTokenizer):
+    whole = minilm.encode(["add two numbers", "x"], max_len=12)
+    bare = minilm.bare(["two numbers", "x"], max_len=3, prefix="add ")
+    assert bare[0].tolist() == whole[0, 1:4].tolist()
+    assert minilm.bare(["add two numbers"], max_len=2).tolist() == [whole[0, 1:3].tolist()]
+    assert minilm.bare(["x"], max_len=2)[0].tolist() == [whole[1, 1], minilm.pad_id]
+    assert minilm.end_id == whole[1, 2]
+    assert minilm.word(minilm.end_id) == "[SEP]"
+
+
+def test_tokens_are_a_text_again(minilm: TextTokenizer):
+    ids = minilm.encode(["Add_two numberings"], max_len=12)[0].tolist()
+    assert minilm.decode(ids) == "add _ two numberings"
+
+
+def test_a_tokenizer_that_ends_no_text_is_said_to_have_no_end():
+    with pytest.raises(UserError, match="ends no text with a special token"):
+        _ = TextTokenizer(_word_level(9)).end_id

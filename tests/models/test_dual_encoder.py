@@ -225,3 +225,16 @@ def test_it_can_be_a_static_argument():
 
     assert dual() == dual()
     assert hash(dual()) == hash(dual())
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_no_gradient_reaches_a_frozen_side(tree, shared):
+    dual = DualEncoder(Encoder(CONFIG), shared=shared, frozen=frozenset({"query"}))
+    params = dual.from_encoder_params(tree)
+    of_queries = query_gradient(dual, params, tokens(), DIRECTION)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(of_queries))
+
+    def both(params):
+        return (dual.encode_targets(params, tokens()) * DIRECTION).sum()
+
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(jax.jit(jax.grad(both))(params)))

@@ -1,7 +1,8 @@
 """BEIR: a folder with a corpus, queries and judgements in files of their own.
 
     corpus.jsonl       {"_id", "title", "text"}, one target a line; the title may be missing
-    queries.jsonl      {"_id", "text"}, the queries of all splits
+    queries.jsonl      {"_id", "text"}, the queries of all splits; where {"metadata": {"answer"}} is
+                       there, as in HotpotQA, it is the query's answer
     qrels/SPLIT.tsv    query-id, corpus-id, score, separated by tabs: this header, then one
                        judgement a line; SPLIT is train, dev or test, not all need be there
 
@@ -49,6 +50,7 @@ class Beir:
         self.splits = tuple(self._qrels)
         self.files = (self._corpus, self._queries, *self._qrels.values())
         self._texts: dict[str, str] | None = None
+        self._answers: dict[str, str] = {}
 
     @staticmethod
     def found_in(path: AnyPath) -> bool:
@@ -62,7 +64,7 @@ class Beir:
     def queries(self, split: str, rows: Rows) -> Iterator[Query]:
         """The queries that qrels/SPLIT.tsv names."""
         if self._texts is None:
-            found = rows.parse(rows.records(self._queries), _query)
+            found = rows.parse(rows.records(self._queries), self._query)
             self._texts = read_queries(found, rows)
         path = self._qrels[split]
         lines = rows.lines(path)
@@ -72,7 +74,18 @@ class Beir:
                 f"{where}: the header is missing: write {', '.join(_COLUMNS)} in the first line, "
                 "separated by tabs."
             )
-        return join(rows.parse(lines, _judgement), self._texts, self._queries.name, rows)
+        for query in join(rows.parse(lines, _judgement), self._texts, self._queries.name, rows):
+            answer = self._answers.get(query.id)
+            yield query._replace(answers=(answer,)) if answer else query
+
+    def _query(self, record: dict[str, Any], where: str) -> tuple[str, str, str]:
+        text = row.query_text(row.field(record, "text", where), where)
+        name, more = row.named(record, "_id", where), record.get("metadata")
+        # Every data set puts something else there: what is no answer is none of our business.
+        answer = more.get("answer") if isinstance(more, dict) else None
+        if isinstance(answer, str) and answer.strip():
+            self._answers[name] = answer
+        return where, name, text
 
 
 def read_corpus(path: AnyPath, rows: Rows) -> Iterator[Target]:
@@ -88,11 +101,6 @@ def _target(record: dict[str, Any], where: str) -> Target:
     name = row.named(record, "_id", where)
     title = row.field({"title": ""} | record, "title", where)
     return Target(where, name, title, row.field(record, "text", where))
-
-
-def _query(record: dict[str, Any], where: str) -> tuple[str, str, str]:
-    text = row.query_text(row.field(record, "text", where), where)
-    return where, row.named(record, "_id", where), text
 
 
 def _judgement(line: str, where: str) -> Judgement:
