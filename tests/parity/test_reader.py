@@ -13,9 +13,12 @@ import transformers
 from safetensors.numpy import load_file
 from transformers.modeling_outputs import BaseModelOutput
 
-from corrector_jax import model_folder, weights
+from corrector_jax import answering, model_folder, weights
+from corrector_jax.checkpoint import Position
+from corrector_jax.export import write_final
+from corrector_jax.job import make_job
 from corrector_jax.models import pretrained
-from corrector_jax.models.reader import Reader
+from corrector_jax.models.reader import Reader, pack
 from tests import oracle, tiny
 from tests.parity.published import VOCAB
 from tests.parity.test_families import assert_close, tokens_of
@@ -197,3 +200,29 @@ def test_import_and_export_is_tensor_identical(made, tmp_path):
     found = transformers.AutoTokenizer.from_pretrained(tmp_path)
     words = tokenizers.Tokenizer.from_str(files.tokenizer_json)
     assert found("ba be").input_ids == words.encode("ba be").ids
+
+
+def test_what_a_run_exports_answers_as_the_run_does(tmp_path):
+    """The folder beside the encoders, from the passages that the run itself would read."""
+    job = make_job(tiny.config(tmp_path, reader=True, reader__answer_max_len=LENGTH))
+    numbers = np.random.default_rng(5)
+    state = jax.device_get(job.init_state())
+    params = state.params | {
+        "reader": jax.tree.map(
+            lambda x: numbers.normal(0, 0.5, x.shape).astype(x.dtype), state.params["reader"]
+        )
+    }
+    model = load(write_final(job, params, tmp_path / "run", Position()) / "reader")
+    known = job.data.known_positives("test")[:, :1]
+    texts = answering.read(job, params, "test", known, known >= 0)
+    packed = pack(job.questions.questions["test"], passages_of(job, known), pad_id=0)
+    ids = torch.tensor(np.asarray(packed)[:, 0], dtype=torch.long)
+    found = model.generate(ids, attention_mask=(ids != 0).long(), max_new_tokens=LENGTH)
+    assert [job.questions.text(np.array(row)) for row in found[:, 1:].tolist()] == texts
+    assert len(set(texts)) > 3
+
+
+def passages_of(job, rows):
+    """[Q, 1, T] tokens of passages."""
+    table = np.asarray(job.questions.passages.ids)[rows[:, 0]]
+    return table[:, None, : job.config.reader.passage_max_len].astype(np.int32)
