@@ -164,7 +164,7 @@ def test_asked_to_stop_again_and_again_it_ends_as_if_nothing_had_happened(
     asked, stops = itertools.count(1), 0
 
     def check(self: Preemption) -> None:
-        if next(asked) % 19 == 0:
+        if next(asked) % 14 == 0:
             raise PreemptedError("the test")
 
     monkeypatch.setattr(Preemption, "check", check)
