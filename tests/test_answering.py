@@ -157,6 +157,7 @@ def test_a_batch_that_asks_knows_no_positives(saved):
     assert all(map(np.array_equal, asked.asked, again.asked))
 
 
+@pytest.mark.slow
 def test_asked_to_stop_again_and_again_it_ends_as_if_nothing_had_happened(
     config, folder, workdir, monkeypatch
 ):
@@ -164,7 +165,7 @@ def test_asked_to_stop_again_and_again_it_ends_as_if_nothing_had_happened(
     asked, stops = itertools.count(1), 0
 
     def check(self: Preemption) -> None:
-        if next(asked) % 14 == 0:
+        if next(asked) % 11 == 0:
             raise PreemptedError("the test")
 
     monkeypatch.setattr(Preemption, "check", check)

@@ -35,7 +35,6 @@ GATED = pytest.mark.parametrize(
         (Identity(), 1.0),
         (Linear(), 0.0),
         (Linear(), 1.0),
-        (Linear(normalize=False), 1.0),
         (Mlp(), 0.0),
         (Mlp(), 1.0),
     ],

@@ -216,9 +216,11 @@ REWRITING = {
 @pytest.mark.parametrize(
     "case",
     [
-        "corrected",
         "corrected, linear",
-        *(pytest.param(s, marks=pytest.mark.slow) for s in ("rolling", "streaming", "nystrom")),
+        *(
+            pytest.param(case, marks=pytest.mark.slow)
+            for case in ("corrected", "rolling", "streaming", "nystrom")
+        ),
     ],
 )
 def test_what_a_strategy_changes_on_the_way_is_resumed(folder, monkeypatch, case):
