@@ -107,7 +107,7 @@ def test_a_reader_s_steps_and_what_it_reads_are_planned(folder):
     program = make_program(asked, encoder, N, placement(asked), reader)
     resident, steps = compile_ahead.lower_steps(program, lengths)
     assert [name for name, _, _ in steps] == [
-        "embed", "search", "given", "train", "read", "probe", "gap",
+        "embed", "search", "loss", "given", "train", "read", "probe", "gap",
     ]  # fmt: skip
     own = {name: own for name, _, own in steps}
     batch = BATCH // 8 * (4 * 8 + 4 + 4 + 1 + 4 * (6 + 3))  # with question and answer
@@ -175,7 +175,7 @@ def test_the_command_prints_writes_and_says_whether_it_fits(folder, tmp_path):
         assert word in done.stdout
     record = json.loads((tmp_path / "compile" / "cpu-8.json").read_text())
     assert record["fits"] is None
-    assert set(record["steps"]) == {"embed", "search", "train", "probe", "gap"}
+    assert set(record["steps"]) == {"embed", "search", "loss", "train", "probe", "gap"}
     assert record["steps"]["train"]["flops"] > record["steps"]["train"]["flops_of_sweep"] > 0
 
 

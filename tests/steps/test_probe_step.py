@@ -78,7 +78,7 @@ def test_measures_what_section_7_names(devices):
     stale, fresh, _, queries = world()
     psi = mixed(0.7)
     measured = probe(psi, devices=devices)
-    corrected = oracle.linear(psi, oracle.f64(stale))
+    corrected = oracle.linear(psi, oracle.f64(stale), normalize=False)
     fresh64, stale64 = oracle.f64(fresh)[IDS], oracle.f64(stale)[IDS]
     scores = BETA * oracle.f64(queries) @ fresh64.T
 
