@@ -135,8 +135,8 @@ def test_two_processes_then_one_then_four_end_as_one_would(folder, alone):
         assert ours["metrics"] == theirs["metrics"]
         assert ours["per_query"] == theirs["per_query"]
     # Of the last evaluation; before the first step there is nothing to compare the cache with.
-    # Adam makes of a gradient's last digit a step of its own size: twelve steps on three meshes agree
-    # to rounding in every loss, and to a few per cent in what is left of the drift.
+    # Adam makes a step of its own size of a gradient's last digit: twelve steps on three meshes
+    # agree in every loss to a per cent, and to a few in what is left of the drift.
     for name, value in theirs["distribution"].items():
         assert np.isclose(ours["distribution"][name], value, rtol=5e-2), name
     ledgers = [
