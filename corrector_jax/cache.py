@@ -171,9 +171,9 @@ def read_at(cache: TargetCache, rows: Array) -> Array:
     return read(cache.embeddings[rows], scale)
 
 
-def divided(logits: Array, lengths: Array | None) -> Array:
-    """Corrected logits [...], divided by the lengths [...] of their rows where there are some."""
-    return logits if lengths is None else logits / jax.lax.stop_gradient(lengths)
+def divided(logits: Array, lengths: Array) -> Array:
+    """Corrected logits [...], divided by the lengths [...] of their rows, which are data."""
+    return logits / jax.lax.stop_gradient(lengths)
 
 
 def take_lengths(cache: TargetCache, ids: Array, place: Placement) -> Array | None:
