@@ -74,14 +74,14 @@ def embed_run(
     records: list[dict[str, Any] | None] = []
     digests: list[str] = []
     for number, texts in enumerate(_shards(source, shard_rows)):
-        record = _done(folder, number, encoder, _digest(texts))
+        record = done(folder, number, encoder, _digest(texts))
         if record is None and number % parts == part:
             record = _make(job, state.params, folder, number, encoder, texts)
         digests.append(_digest(texts))
         records.append(record)
     # Other parts went on meanwhile: whoever makes the last shard sees all of them here.
     for number, record in enumerate(records):
-        records[number] = record or _done(folder, number, encoder, digests[number])
+        records[number] = record or done(folder, number, encoder, digests[number])
     missing = records.count(None)
     if missing:
         say(f"{missing} of {len(records)} shards are left to the other parts: {folder}")
@@ -130,10 +130,20 @@ def _shards(source: Iterable[tuple[str, str]], rows: int) -> Iterator[Texts]:
         yield texts
 
 
-def _done(
+def done(
     folder: AnyPath, number: int, encoder: dict[str, Any], digest: str
 ) -> dict[str, Any] | None:
-    """The record of a shard that is there; None where it is still to be made."""
+    """The record of a shard that is there; None where it is still to be made.
+
+    Args:
+      folder: of the embeddings.
+      number: of the shard.
+      encoder: of `describe`, which the record must name.
+      digest: of the shard's ids and texts, likewise.
+
+    Raises:
+      UserError: it is of something else, or not what was written.
+    """
     path = folder / f"{number:05d}.json"
     if not path.exists():
         return None
