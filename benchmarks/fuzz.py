@@ -141,7 +141,7 @@ def fuzz(target: Target, folder: Path, *, cases: Iterator[int], seed: int) -> Ou
                 limits.forget()
             for path in opened.paths:
                 found.note(f"opened {path.replace(str(folder), '')}", number, done)
-            there = {k: v for k, v in _contents(folder, without=("given", "cache")).items()}
+            there = _contents(folder, without=("given", "cache"))
             if there != kept:
                 found.note("something was written outside of the folder", number, done)
                 _restore(outside, {mutations.SECRET: kept[f"outside/{mutations.SECRET}"]})

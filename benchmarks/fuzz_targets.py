@@ -397,7 +397,7 @@ def _write_mined(folder: Path) -> None:
 def _write_run(folder: Path) -> None:
     made_up.write(folder, made_up.files())
     rng = np.random.default_rng(0)
-    after = {"metrics": {name: 0.5 for name in METRICS}, "queries": 6, "distribution": None}
+    after = {"metrics": dict.fromkeys(METRICS, 0.5), "queries": 6, "distribution": None}
     after["per_query"] = {name: rng.uniform(size=6).tolist() for name in METRICS}
     (folder / "eval").mkdir()
     (folder / "eval" / "after.json").write_text(json.dumps(after))
@@ -489,4 +489,3 @@ TARGETS = {
     )
 }
 """Name -> what is read; every reader of the package is behind one of them."""
-

@@ -26,11 +26,12 @@ SECRET = "secret.json"
 """A file beside the folder that is read, which no name in that folder may lead to."""
 
 _ODD = (
-    *(b"", b" ", b"\0", b"\t", b"\r", b"\r\n", b"\n\n", b"\xef\xbb\xbf", b"\xff\xfe", b"\xed\xa0\x80"),
-    *(b"\xe2\x80\xa8", b"\xc2\x85", b"\x1c", b'"', b"'", b"\\", b"{", b"}", b"[", b"]", b",", b"[]"),
-    *(b"-1", b"0", b"1e999", b"NaN", b"-Infinity", b"null", b"true", b"9223372036854775808", b"1_0"),
-    *(b"\xd9\xa3", b"9" * 5000, b"A" * 5000, b"[" * 50_000, b'{"a":' * 50_000, b"\\ud800", b"%s{0}"),
-    *(b"../secret.json", b"../../secret.json", b"/", b".", b"..", b"'|O'", b"(1,", b"99999999999"),
+    *(b"", b" ", b"\0", b"\t", b"\r", b"\r\n", b"\n\n", b"\xef\xbb\xbf", b"\xff\xfe"),
+    *(b"\xed\xa0\x80", b"\x1f", b"\x7f", b"\xc2\xa0"),
+    *(b"\xe2\x80\xa8", b"\xc2\x85", b"\x1c", b'"', b"'", b"\\", b"{", b"}", b"[", b"]", b","),
+    *(b"-1", b"0", b"1e999", b"NaN", b"-Infinity", b"null", b"true", b"1_0"),
+    *(b"\xd9\xa3", b"9" * 5000, b"A" * 5000, b"[" * 50_000, b'{"a":' * 50_000, b"\\ud800"),
+    *(b"../secret.json", b"../../secret.json", b"/", b".", b"..", b"(1,", b"9223372036854775808"),
 )  # fmt: skip
 
 
@@ -42,7 +43,7 @@ def values(outside: Path) -> list[Any]:
     return [
         *(None, True, False, 0, 1, -1, 7, 2**31, 2**63, 2**64, -(2**70), 10**400, 0.5, -0.0, 1e308),
         *(float("nan"), float("inf"), "", " ", "a b", "\0", "\n", "\ud800", "A" * 3000, "1", "NaN"),
-        *([], {}, [[]], [None], {"a": 1}, ["a", "a"], [1, "2"], [{}], deep, {"": {"": {}}}, "train"),
+        *([], {}, [[]], [None], {"a": 1}, ["a", "a"], [1, "2"], [{}], deep, {"": {}}, "train"),
         *(f"../{SECRET}", f"../outside/{SECRET}", str(outside / SECRET), "..", ".", "/", "~", "//"),
         *("gs://bucket/file", "a/b", "lock", "manifest.json", "ids.pkl"),
     ]  # fmt: skip
@@ -150,7 +151,7 @@ def _safetensors(rng: random.Random, content: bytes, outside: Path) -> bytes:
 def _npy(rng: random.Random, content: bytes, outside: Path) -> bytes:
     end = content.index(b"\n") + 1
     header = content[10:end]
-    word = rng.choice((b"descr", b"False", b"shape", b"<", b"(", b",", b")", b"4", b"i", b"f", b"u"))
+    word = rng.choice((b"descr", b"False", b"shape", b"<", b"(", b",", b")", b"4", b"i", b"u"))
     new = rng.choice((b"|O", b"99999999999999999999", b"(2,", b"-1", b"True", b"V8", b"'", b""))
     header = header.replace(word, new, 1)
     if rng.random() < 0.5:

@@ -242,12 +242,22 @@ class Checkpoints:
         sha256 = content.pop("sha256")
         if _sha256(content) != sha256:
             raise DamagedError(f"{self._folder / str(step)}: its position is not what was saved")
-        held = content["position"]
-        # Before any step wrote rows, a snapshot was always the whole cache embedded anew.
-        held.setdefault("embedded_at", held["cache"]["step"] if held["cache"] else 0)
-        position = Position(**held)
-        self._snapshots[step] = position.cache["step"] if position.cache else None
-        return position, content["leaves"]
+        try:
+            held = content["position"]
+            # Before any step wrote rows, a snapshot was always the whole cache embedded anew.
+            held.setdefault("embedded_at", held["cache"]["step"] if held["cache"] else 0)
+            position = Position(**held)
+            self._snapshots[step] = int(position.cache["step"]) if position.cache else None
+            leaves = {path: [*leaf] for path, leaf in content["leaves"].items()}
+            if position.cache and not isinstance(position.cache["sha256"], str):
+                raise TypeError("sha256")
+            if any(len(leaf) != 3 for leaf in leaves.values()):
+                raise TypeError("leaves")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DamagedError(
+                f"{self._folder / str(step)}: its position is not what was saved ({error})"
+            ) from error
+        return position, leaves
 
     def resume(
         self,

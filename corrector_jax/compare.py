@@ -13,7 +13,7 @@ from corrector_jax.paths import AnyPath
 from corrector_jax.ranking import METRICS, Interval, paired_bootstrap
 from corrector_jax.report import comparison
 from corrector_jax.report.comparison import Compared
-from corrector_jax.report.words import get, read_json, read_metrics
+from corrector_jax.report.words import get, made_by_a_run, read_json, read_metrics
 from corrector_jax.types import UserError
 from corrector_jax.writer import say
 
@@ -41,24 +41,24 @@ def compare(workdirs: Sequence[AnyPath], output: AnyPath) -> AnyPath:
         )
     labels = _labels(workdirs)
     results = [_finished(workdir) for workdir in workdirs]
-    measured = [read_json(workdir / "eval" / "after.json") for workdir in workdirs]
     queries = [_queries(workdir) for workdir in workdirs]
+    measured = [
+        _per_query(workdir, len(found)) for workdir, found in zip(workdirs, queries, strict=True)
+    ]
     for label, other, found in zip(labels[1:], results[1:], queries[1:], strict=True):
         _require_same(labels[0], results[0], label, other, queries[0] == found)
     gains: list[dict[str, Interval]] = [{}]
-    for other in measured[1:]:
-        gains.append(
-            {
-                metric: paired_bootstrap(
-                    *(np.array(one["per_query"][metric]) for one in (measured[0], other))
-                )
-                for metric in METRICS
-            }
-        )
+    for label, other in zip(labels[1:], measured[1:], strict=True):
+        same = len(measured[0]["mrr@10"]) == len(other["mrr@10"])
+        _require_same(labels[0], {}, label, {}, same)
+        pairs = {metric: (measured[0][metric], other[metric]) for metric in METRICS}
+        gains.append({metric: paired_bootstrap(*pair) for metric, pair in pairs.items()})
     series = [read_metrics(workdir / "metrics.jsonl")[0] for workdir in workdirs]
     runs = list(map(Compared, labels, results, series, gains))
-    paths.write(output, comparison.page(runs).encode("utf-8", errors="replace"))
-    say(comparison.text(runs))
+    with made_by_a_run(" and ".join(map(str, workdirs))):
+        page, text = comparison.page(runs), comparison.text(runs)
+    paths.write(output, page.encode("utf-8", errors="replace"))
+    say(text)
     say(f"\ncomparison: {output}")
     return output
 
@@ -66,7 +66,8 @@ def compare(workdirs: Sequence[AnyPath], output: AnyPath) -> AnyPath:
 def _finished(workdir: AnyPath) -> Any:
     """What results.json holds."""
     results = read_json(workdir / "results.json")
-    if results is None or not (workdir / "eval" / "after.json").is_file():
+    after = workdir / "eval" / "after.json"
+    if not isinstance(results, dict) or not after.is_file():
         raise UserError(
             f"{workdir} holds no results.json and eval/after.json: name a finished run's folder"
         )
@@ -75,8 +76,25 @@ def _finished(workdir: AnyPath) -> Any:
 
 def _queries(workdir: AnyPath) -> list[str]:
     """The queries of the last evaluation, in order, as its TREC run names them."""
-    with (workdir / "runs" / "after.trec").open("r") as file:
-        return [name for name, _ in itertools.groupby(line.split(" ", 1)[0] for line in file)]
+    path = workdir / "runs" / "after.trec"
+    try:
+        with path.open("r", encoding="utf-8") as file:
+            return [name for name, _ in itertools.groupby(line.split(" ", 1)[0] for line in file)]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): put the run's own back") from error
+
+
+def _per_query(workdir: AnyPath, count: int) -> dict[str, np.ndarray]:
+    """Measure -> [count] float64, what each query of the last evaluation got."""
+    path = workdir / "eval" / "after.json"
+    with made_by_a_run(path):
+        per_query = read_json(path)["per_query"]
+        found = {metric: np.array(per_query[metric], np.float64) for metric in METRICS}
+        # A query for which nothing was found has no line in the run, but it was measured.
+        shapes = {values.shape for values in found.values()}
+        if len(shapes) != 1 or len(found["mrr@10"].shape) != 1 or len(found["mrr@10"]) < count:
+            raise ValueError(f"measures of {shapes} queries for a run of {count}")
+    return found
 
 
 def _require_same(one: str, first: Any, label: str, other: Any, same_queries: bool) -> None:

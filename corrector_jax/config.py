@@ -7,6 +7,7 @@ means "let the strategy, the weights or the data decide" where the comment says 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -451,22 +452,40 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """The configuration that `to_json` wrote; keys that are new since keep their default."""
+    """The configuration that `to_json` wrote; keys that are new since keep their default.
+
+    Raises:
+      UserError: it is another's, or no configuration can be as it says.
+    """
     config = default()
     known = dict(flat(config))
     try:
-        keys = list(flat(json.loads(text)))
-    except (ValueError, AttributeError) as error:
+        keys = list(flat(json.loads(text, parse_constant=_refuse_constant)))
+    except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"config.json is not what a run wrote ({error}): put it back") from error
     for key, value in keys:
         if key not in known:
-            raise UserError(f"config.json has the key {key!r}, which this version does not know")
+            shown = repr(key)[:80]
+            raise UserError(f"config.json has the key {shown}, which this version does not know")
+        if not _of_a_kind(value, known[key]):
+            raise UserError(f"config.json: {key} is {repr(value)[:80]}: put it back")
         *sections, name = key.split(".")
-        try:
-            (get(config, ".".join(sections)) if sections else config)[name] = value
-        except TypeError as error:
-            raise UserError(f"config.json: {key} is {value!r}: put it back") from error
+        (get(config, ".".join(sections)) if sections else config)[name] = value
     return config
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _of_a_kind(value: object, default: object) -> bool:
+    """Whether a key that has this default may have this value: a float may be a whole number."""
+    if isinstance(default, float):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return (isinstance(value, float) or whole) and abs(value) < 2**63  # type: ignore[operator]
+    if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+        return False  # half of a surrogate pair
+    return type(value) is type(default) and (not isinstance(value, int) or abs(value) < 2**63)
 
 
 def refuse_other_run(config: ConfigDict, saved: ConfigDict, workdir: str) -> None:

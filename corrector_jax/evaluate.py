@@ -462,15 +462,22 @@ def restored(
 
 
 def saved_config(workdir: AnyPath) -> ConfigDict:
-    """The configuration a workdir was made with.
+    """The configuration a workdir was made with, checked like any other.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none, or it is not what a run wrote.
     """
     saved = workdir / "config.json"
     if not saved.is_file():
         raise UserError(f"{workdir} holds no config.json: --workdir must be the folder of a run")
-    return configs.from_json(saved.read_text())
+    try:
+        config = configs.from_json(saved.read_text(encoding="utf-8"))
+        configs.validate(config)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{saved} cannot be read ({error}): put it back") from error
+    except UserError as error:
+        raise UserError(f"{saved}: {error}") from error
+    return config
 
 
 def here(config: ConfigDict) -> ConfigDict:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from corrector_jax.evaluate import trained
 from corrector_jax.job import Job
 from corrector_jax.model_folder import Clothes
 from corrector_jax.paths import AnyPath
+from corrector_jax.report.words import made_by_a_run, read_json
 from corrector_jax.types import PyTree, UserError
 from corrector_jax.writer import say
 
@@ -228,7 +228,8 @@ def _metrics(job: Job, workdir: AnyPath) -> list[str]:
     for name in ("bm25", "pretrained", "before", "after"):
         path = workdir / "eval" / f"{name}.json"
         if path.exists():
-            records[name] = json.loads(path.read_text())["metrics"]
+            with made_by_a_run(path):
+                records[name] = {k: float(v) for k, v in read_json(path)["metrics"].items()}
     if not records:
         return ["Not evaluated yet."]
     names = dict.fromkeys(name for record in records.values() for name in record)

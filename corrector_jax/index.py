@@ -204,10 +204,10 @@ def load(folder: AnyPath, ids: np.ndarray, *, cache: str, made: Parameters) -> I
       DamagedError: it is missing, of something else, or not what was saved.
     """
     try:
-        manifest = json.loads((folder / "index.json").read_bytes())
-        files: dict[str, str] = manifest.pop("files")
+        manifest = paths.read_json(folder / "index.json")
+        files: dict[str, str] = dict(manifest.pop("files"))
         there = {path.name for path in folder.iterdir()} - {"index.json"}
-    except (OSError, ValueError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise DamagedError(f"{folder} holds no index ({type(error).__name__})") from error
     if manifest != {"format": FORMAT, **_named(made, ids, cache)}:
         raise DamagedError(f"{folder} is an index of something else")
@@ -215,7 +215,11 @@ def load(folder: AnyPath, ids: np.ndarray, *, cache: str, made: Parameters) -> I
     if there != set(files) or any(name.endswith(".pkl") for name in there):
         raise DamagedError(f"{folder} does not hold the files that were saved")
     for name, digest in files.items():
-        if _sha256(folder / name) != digest:
+        try:
+            same = _sha256(folder / name) == digest
+        except OSError as error:
+            raise DamagedError(f"{folder / name} cannot be read ({error.strerror})") from error
+        if not same:
             raise DamagedError(f"{folder / name} is not what was saved: its sha256 differs")
     with _on_disk(folder) as place:
         if place != folder:

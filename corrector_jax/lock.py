@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import filelock
 
+from corrector_jax import paths
 from corrector_jax.paths import AnyPath, is_local
 from corrector_jax.types import UserError
 
@@ -137,7 +138,7 @@ class Lock:
                 if self._read().get("token") != self._token:
                     return  # `verify` says so before the next save
                 self._write(beats)
-            except Exception:  # gcsfs has its own: a store that cannot be reached for a moment
+            except Exception:  # noqa: S112 - gcsfs has its own: out of reach for a moment
                 continue
 
     def _write(self, beats: int) -> None:
@@ -152,7 +153,7 @@ class Lock:
     def _read(self) -> dict[str, object]:
         """What the lock's file holds; nothing where there is none."""
         try:
-            record = json.loads(self._path.read_text())
+            record = paths.read_json(self._path)
         except FileNotFoundError:
             return {}
         except ValueError:
@@ -169,7 +170,11 @@ class Lock:
         return self._read()
 
     def _refuse(self, holder: dict[str, object]) -> None:
-        who = f"process {holder.get('pid', '?')} on {holder.get('host', 'another machine')}"
+        pid, host = (
+            "".join(c for c in str(holder.get(key, unknown)) if c.isprintable())[:80]
+            for key, unknown in (("pid", "?"), ("host", "another machine"))
+        )
+        who = f"process {pid} on {host}"
         raise UserError(
             f"--workdir={self._workdir} is in use by {who}: wait for it, stop it, or name another "
             "folder"

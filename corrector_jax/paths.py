@@ -8,12 +8,13 @@ rename and no append: nothing here or above relies on either, except on local di
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TypeAlias
+from typing import IO, Any, TypeAlias
 
 from upath import UPath
 
@@ -60,6 +61,27 @@ def make(text: str | AnyPath) -> AnyPath:
 def is_local(path: AnyPath) -> bool:
     """Whether a path is on a disk of this machine: rename, append and file locks work there."""
     return isinstance(path, Path)
+
+
+def read_json(path: AnyPath) -> Any:
+    """What a JSON file holds.
+
+    Args:
+      path: the file.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is not JSON, not UTF-8, or nested deeper than anybody writes.
+    """
+    return parse_json(path.read_bytes())
+
+
+def parse_json(content: bytes) -> Any:
+    """The same of a file's content."""
+    try:
+        return json.loads(content.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def write(path: AnyPath, content: str | bytes) -> None:

@@ -7,7 +7,6 @@ only where a file or a measuring package wants names instead of rows.
 from __future__ import annotations
 
 import logging
-import math
 import re
 from array import array
 from collections.abc import Callable, Iterable, Sequence
@@ -19,9 +18,10 @@ import numpy as np
 from corrector_jax import paths
 from corrector_jax.data.rows import Rows
 from corrector_jax.paths import AnyPath
-from corrector_jax.types import UserError
+from corrector_jax.types import UserError, shown
 
 METRICS = ("recall@1", "recall@20", "recall@100", "mrr@10", "ndcg@10")
+_MOST = float(np.finfo(np.float32).max)
 # Characters that would break a line of a TREC file, or that UTF-8 cannot hold.
 _UNSAFE = re.compile(r"[\s\x00-\x1f\x7f\ud800-\udfff]")
 
@@ -215,7 +215,7 @@ def gather(
     queries, named, ranks, scores = array("i"), array("i"), array("q"), array("f")
     for where, query, target, rank, score in entries:
         if query not in query_of:
-            error = UserError(f"{where} names query {query!r}, which this split lacks.")
+            error = UserError(f"{where} names query {shown(query)}, which this split lacks.")
             rows.refuse(where, error)
             continue
         number = numbers.setdefault(target, len(numbers))
@@ -235,7 +235,9 @@ def gather(
     for name, number in numbers.items():
         if row_of[number] < 0:
             where = first[number]
-            rows.refuse(where, UserError(f"{where} names target {name!r}, which is not there."))
+            rows.refuse(
+                where, UserError(f"{where} names target {shown(name)}, which is not there.")
+            )
     return _ranking(
         len(split.query_ids),
         *(np.asarray(column) for column in (queries, ranks, scores)),
@@ -266,7 +268,7 @@ def _entry(line: str, where: str) -> Entry:
     try:
         query, _, target, rank, score, _ = line.split()
         entry = Entry(where, query, target, int(rank), float(score))
-        if not math.isfinite(entry.score) or abs(entry.rank) >= 2**63:
+        if not abs(entry.score) <= _MOST or abs(entry.rank) >= 2**63:
             raise ValueError
     except ValueError:
         raise UserError(
@@ -399,6 +401,6 @@ def _names(ids: Sequence[str], used: Iterable[np.ndarray] | None = None) -> dict
 
 def _alike(one: str, other: str, name: str) -> UserError:
     return UserError(
-        f"The ids {one!r} and {other!r} would both be written {name!r} in a TREC file, rename one "
-        "of them."
+        f"The ids {shown(one)} and {shown(other)} would both be written {shown(name)} in a TREC "
+        "file, rename one of them."
     )

@@ -123,7 +123,7 @@ def load(
                 f"{folder} was made with {field} {there.get(field)!r} but this run has {value!r}: "
                 f"{remedy}"
             )
-    reader = _Reader(folder, manifest["files"])
+    reader = _Reader(folder, manifest)
     sharding = like.embeddings.sharding
     indices = sharding.addressable_devices_indices_map(like.embeddings.shape)
     parts: dict[str, list[jax.Array]] = {}
@@ -172,7 +172,7 @@ def read_manifest(folder: AnyPath, *, sha256: str = "") -> dict[str, Any]:
     path = folder / "manifest.json"
     try:
         content = path.read_bytes()
-        manifest: dict[str, Any] = json.loads(content)
+        manifest: dict[str, Any] = paths.parse_json(content)
     except OSError as error:
         raise DamagedError(f"{path} cannot be read ({error.strerror or error})") from error
     except ValueError as error:
@@ -194,14 +194,19 @@ def _check_files(path: AnyPath, manifest: dict[str, Any]) -> None:
     try:
         stops = [0, *(entry["stop"] for entry in manifest["files"])]
         starts = [*(entry["start"] for entry in manifest["files"]), manifest["size"]]
-        plain = all(
-            entry["file"] == PurePath(entry["file"]).name and {"bytes", "sha256"} <= entry.keys()
+        named = all(
+            entry["file"] == PurePath(entry["file"]).name and isinstance(entry["sha256"], str)
             for entry in manifest["files"]
         )
-        whole = starts == stops and {"step", "dim", "dtype", "made_by"} <= manifest.keys()
-    except (KeyError, TypeError) as error:
+        counts = [*stops, manifest["step"], manifest["dim"]]
+        counts += [entry["bytes"] for entry in manifest["files"]]
+        whole = starts == stops == sorted(stops) and isinstance(manifest["made_by"], dict)
+        plain = all(type(count) is int and count >= 0 for count in counts)
+    except KeyError as error:
         raise DamagedError(f"{path} lacks {error}") from error
-    if not (plain and whole):
+    except TypeError as error:
+        raise DamagedError(f"{path} is not what was saved ({error})") from error
+    if not (named and whole and plain and isinstance(manifest.get("dtype"), str)):
         raise DamagedError(f"{path} does not name files of its own for every row")
 
 
@@ -215,9 +220,8 @@ def check(folder: AnyPath, *, sha256: str = "") -> Iterator[tuple[str, int, str]
     Yields:
       (file, its bytes, what is wrong with it or "").
     """
-    files = read_manifest(folder, sha256=sha256)["files"]
-    reader = _Reader(folder, files)
-    for number, entry in enumerate(files):
+    reader = _Reader(folder, read_manifest(folder, sha256=sha256))
+    for number, entry in enumerate(reader.files):
         try:
             reader.read(number)
             problem = ""
@@ -229,8 +233,9 @@ def check(folder: AnyPath, *, sha256: str = "") -> Iterator[tuple[str, int, str]
 class _Reader:
     """Files of a snapshot, each read whole and held against its sha256; the last one is kept."""
 
-    def __init__(self, folder: AnyPath, files: list[dict[str, Any]]) -> None:
-        self._folder, self.files = folder, files
+    def __init__(self, folder: AnyPath, manifest: dict[str, Any]) -> None:
+        self._folder, self._dim = folder, manifest["dim"]
+        self.files: list[dict[str, Any]] = manifest["files"]
         self._held: tuple[int, dict[str, np.ndarray]] = (-1, {})
 
     def read(self, number: int) -> dict[str, np.ndarray]:
@@ -242,15 +247,26 @@ class _Reader:
             content = path.read_bytes()
         except OSError as error:
             raise DamagedError(f"{path} cannot be read ({error.strerror or error})") from error
+        except ValueError as error:  # no file system has a file of that name
+            raise DamagedError(f"{self._folder} has no file {entry['file']!r}") from error
         # Before anything in it is looked at.
         if hashlib.sha256(content).hexdigest() != entry["sha256"]:
             raise DamagedError(f"{path} is not what was saved: its sha256 differs")
-        tensors = {
-            name: np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
-            for name, tensor in safetensors.deserialize(content)
-        }
-        if any(len(rows) != entry["stop"] - entry["start"] for rows in tensors.values()):
-            raise DamagedError(f"{path} holds another number of rows than its manifest says")
+        try:
+            tensors = {
+                name: np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]]).reshape(
+                    tensor["shape"]
+                )
+                for name, tensor in safetensors.deserialize(content)
+            }
+        except (safetensors.SafetensorError, KeyError, ValueError) as error:
+            raise DamagedError(f"{path} holds no rows ({error})") from error
+        rows = entry["stop"] - entry["start"]
+        shapes = {"embeddings": (rows, self._dim), "written_at": (rows,), "scale": (rows,)}
+        if tensors.keys() - {"scale"} != {"embeddings", "written_at"} or any(
+            tensor.shape != shapes[name] for name, tensor in tensors.items()
+        ):
+            raise DamagedError(f"{path} holds other rows than its manifest says")
         self._held = (number, tensors)
         return tensors
 

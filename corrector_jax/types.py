@@ -9,6 +9,7 @@ Where a reader answers, K is how many passages it reads for a question.
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,15 @@ class UserError(ValueError):
 
     `main` prints it without a traceback and exits with code 2.
     """
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 80
+
+
+def shown(value: object) -> str:
+    """A value of somebody's file as a message names it: as Python writes it, long ones cut."""
+    return _SHORT.repr(value)
 
 
 class Asked(NamedTuple):

@@ -147,7 +147,16 @@ def done(
     path = folder / f"{number:05d}.json"
     if not path.exists():
         return None
-    record: dict[str, Any] = json.loads(path.read_text())
+    try:
+        record: dict[str, Any] = paths.read_json(path)
+        if not isinstance(record["rows"], int) or not isinstance(record["sha256"], dict):
+            raise TypeError("rows")
+        record["encoder"], record["texts_sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is not what was written ({type(error).__name__}): remove it, and its shard is "
+            "made again"
+        ) from error
     if record["encoder"] != encoder or record["texts_sha256"] != digest:
         what = "encoder" if record["encoder"] != encoder else "corpus or another shard_rows"
         raise UserError(

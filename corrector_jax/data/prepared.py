@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from corrector_jax import paths
-from corrector_jax.data.dataset import Reading, Refused, RetrievalData, Split, render_target
+from corrector_jax.data.dataset import SPLITS, Reading, Refused, RetrievalData, Split, render_target
 from corrector_jax.data.rows import Judged, Query, Reader, Rows, Target
-from corrector_jax.data.tables import Appender, Numbers, Texts
+from corrector_jax.data.tables import Appender, Numbers, Texts, damaged
 from corrector_jax.paths import AnyPath
-from corrector_jax.types import UserError
+from corrector_jax.types import UserError, shown
 from corrector_jax.writer import progress, say
 
 SHARD = 2**16
@@ -161,27 +161,48 @@ class Index:
         return int(self.find(np.array([key], np.uint64))[0])
 
 
+_TABLES = ("target_ids", "target_texts", "target_keys")
+_NOTHING: dict[str, Any] = {
+    **dict.fromkeys(_TABLES, (0, 0)),
+    **{"size": 0, "taken": 0, "whole": False, "rows": 0, "refused": {}},
+}
+
+
+def _progress(file: Path) -> dict[str, Any]:
+    """How far a process came that was killed, as `_write_corpus` wrote it."""
+    try:
+        state = _NOTHING | paths.read_json(file)
+        counts = [state[key] for key in ("size", "taken", "rows")]
+        counts += [size for name in _TABLES for size in state[name]]
+        good = all(type(count) is int and 0 <= count < 2**63 for count in counts)
+        good = good and all(len(state[name]) == 2 for name in _TABLES)
+        good = good and all(list(map(type, one)) == [str, str] for one in state["refused"].values())
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise damaged(file) from error
+    if not good or not isinstance(state["whole"], bool):
+        raise damaged(file)
+    return state
+
+
 class _Targets:
     """The tables of targets while they are written, and what finds a target in them."""
 
     def __init__(self, place: Path, template: str, rows: Rows) -> None:
         self._place, self._template, self._rows = place, template, rows
         file = place / "progress.json"
-        state: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-        self._size: int = state.get("size", 0)
-        self._taken: int = state.get("taken", 0)
-        self._whole: bool = state.get("whole", False)
-        self._tables = {
-            name: Appender(place / name, state.get(name, (0, 0)))
-            for name in ("target_ids", "target_texts", "target_keys")
-        }
+        state = _progress(file) if file.exists() else _NOTHING
+        self._size, self._taken, self._whole = state["size"], state["taken"], state["whole"]
+        self._tables = {name: Appender(place / name, state[name]) for name in _TABLES}
         self._names, self._contents = Index(), Index()
-        rows.refused |= {where: Refused(*one) for where, one in state.get("refused", {}).items()}
+        rows.refused |= {where: Refused(*one) for where, one in state["refused"].items()}
         if self._whole:
             rows.total = state["rows"]
         if self._size:
             say(f"{self._size:,} targets were read before: going on behind them")
-            keys = np.fromfile(place / "target_keys.data", np.uint64).reshape(-1, 2)
+            keys = np.fromfile(place / "target_keys.data", np.uint64)
+            if len(keys) != 2 * self._size:
+                raise damaged(file)
+            keys = keys.reshape(-1, 2)
             self._names.add(keys[:, 0], 0)
             self._contents.add(keys[:, 1], 0)
         # Of passages that stand in queries: id -> (row, text), and text -> row, all by key.
@@ -239,7 +260,7 @@ class _Targets:
             return ""
         if judged.content is None:
             raise UserError(
-                f"{judged.where}: target {judged.id!r} is not in the corpus: add it there."
+                f"{judged.where}: target {shown(judged.id)} is not in the corpus: add it there."
             )
         text = self._render(judged.content)
         if judged.id and name in self._new_names and self._new_names[name][1] != key_of(text):
@@ -313,7 +334,7 @@ class _Targets:
         return text
 
     def _refuse_twice(self, where: str, name: str) -> None:
-        error = UserError(f"{where}: the id {name!r} occurred before: write each id once.")
+        error = UserError(f"{where}: the id {shown(name)} occurred before: write each id once.")
         self._rows.refuse(where, error, "duplicate id")
 
 
@@ -362,7 +383,7 @@ def _read_split(found: Iterator[Query], targets: _Targets, rows: Rows) -> list[_
     for query in found:
         key = (True, query.id) if query.id else (False, query.text)
         if query.id and key in held:
-            error = f"{query.where}: the id {query.id!r} occurred before: write each id once."
+            error = f"{query.where}: the id {shown(query.id)} occurred before: write each id once."
             rows.refuse(query.where, UserError(error), "duplicate id")
             continue
         resolved: list[tuple[Judged, int]] = []
@@ -410,31 +431,66 @@ def _write_split(queries: list[_Judgements], place: Path, split: str) -> None:
 
 
 def _open(place: Path, name: str) -> RetrievalData:
-    manifest = json.loads((place / "manifest.json").read_text())
-    digests = manifest["digests"]
-    splits = {}
-    for split in manifest["queries"]:
-        answers, negatives = place / f"{split}_answers", place / f"{split}_negatives"
-        splits[split] = Split(
-            query_ids=Texts(place / f"{split}_ids"),
-            texts=Texts(place / f"{split}_texts"),
-            positives=Numbers(place / f"{split}_positives"),
-            grades=Numbers(place / f"{split}_grades"),
-            negatives=Numbers(negatives) if _there(negatives) else (),
-            answers=[json.loads(one) for one in Texts(answers)] if _there(answers) else (),
-        )
-    return RetrievalData(
-        name=name,
-        target_ids=Texts(place / "target_ids", digests["target_ids"]),
-        target_texts=Texts(place / "target_texts", digests["target_texts"]),
-        splits=splits,
-        reading=Reading(
-            manifest["layout"],
-            manifest["rows"],
-            tuple(Refused(*one) for one in manifest["refused"]),
-            manifest["without_positives"],
-        ),
+    """Opens what `_build` wrote.
+
+    Raises:
+      UserError: it is not what was written.
+    """
+    file = place / "manifest.json"
+    try:
+        manifest = paths.read_json(file)
+        digests = [manifest["digests"][table] for table in ("target_ids", "target_texts")]
+        counts, without = dict(manifest["queries"]), dict(manifest["without_positives"])
+        refused = tuple(Refused(*map(str, one)) for one in manifest["refused"])
+        reading = Reading(str(manifest["layout"]), int(manifest["rows"]), refused, without)
+        known = set(counts) <= set(SPLITS) and bool(counts)
+        plain = all(type(count) is int for count in (*counts.values(), *without.values()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise damaged(file) from error
+    if not known or not plain:
+        raise damaged(file)
+    ids, texts = (
+        Texts(place / table, digest)
+        for table, digest in zip(("target_ids", "target_texts"), digests, strict=True)
     )
+    if len(ids) != len(texts):
+        raise damaged(place / "target_texts")
+    splits = {split: _open_split(place, split, len(ids), counts[split]) for split in counts}
+    return RetrievalData(
+        name=name, target_ids=ids, target_texts=texts, splits=splits, reading=reading
+    )
+
+
+def _open_split(place: Path, split: str, targets: int, count: int) -> Split:
+    """The tables of a split, which must name targets that are there."""
+    answers, negatives = place / f"{split}_answers", place / f"{split}_negatives"
+    positives = Numbers(place / f"{split}_positives", below=targets)
+    grades = Numbers(place / f"{split}_grades", below=2**31)
+    found = Split(
+        query_ids=Texts(place / f"{split}_ids"),
+        texts=Texts(place / f"{split}_texts"),
+        positives=positives,
+        grades=grades,
+        negatives=Numbers(negatives, below=targets) if _there(negatives) else (),
+        answers=_answers(answers) if _there(answers) else (),
+    )
+    for name, column in found._asdict().items():
+        if len(column) != count and (name not in ("negatives", "answers") or len(column)):
+            raise damaged(place / f"{split}_{name}")
+    if not positives.lengths().all() or (positives.lengths() != grades.lengths()).any():
+        raise damaged(place / f"{split}_grades")
+    return found
+
+
+def _answers(path: Path) -> list[list[str]]:
+    """The short answers of every query."""
+    try:
+        found = [paths.parse_json(one.encode()) for one in Texts(path)]
+        if all(isinstance(one, list) and all(isinstance(a, str) for a in one) for one in found):
+            return found
+    except ValueError as error:
+        raise damaged(path) from error
+    raise damaged(path)
 
 
 def _unpacked(path: AnyPath) -> int:
@@ -488,8 +544,8 @@ def _shown(label: str, files: tuple[AnyPath, ...]) -> Iterator[Callable[[int], N
 
 def _another_text(judged: Judged) -> UserError:
     return UserError(
-        f"{judged.where}: the passage {judged.id!r} had another text above: give each text an id "
-        "of its own."
+        f"{judged.where}: the passage {shown(judged.id)} had another text above: give each "
+        "text an id of its own."
     )
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import shutil
+import lzma
+import struct
 import tarfile
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -180,6 +182,16 @@ QUERIES = {
 """Word of config.data.published -> its questions."""
 
 
+_MOST_UNPACKED = 100
+"""A file takes at most so many times its archive's bytes; text takes three or four."""
+
+# Beside what archives raise: of an encrypted one, of a packing nobody knows, of damaged packings.
+_DAMAGED = (
+    *(EOFError, OSError, ValueError, RuntimeError, struct.error, zlib.error, lzma.LZMAError),
+    *(tarfile.TarError, zipfile.BadZipFile),
+)
+
+
 def fetch(
     files: tuple[File, ...], folder: Path, download: Callable[[str], Path], *, verify: bool
 ) -> None:
@@ -234,7 +246,7 @@ def _download(
         try:
             # Asked first: a host that is out of reach is found out at once, and not in the four
             # minutes that the retries of a download take.
-            urllib.request.urlopen(url, timeout=30).close()
+            urllib.request.urlopen(url, timeout=30).close()  # noqa: S310 - one of those above
             say(f"downloading {url}")
             fetched = download(url)
         except OSError as error:
@@ -267,6 +279,7 @@ def _unpack(path: Path, file: File, folder: Path) -> None:
     wanted = dict(zip(file.members, file.contents, strict=True))
     wanted = {member: name for member, name in wanted.items() if not find(folder, name)}
     say(f"unpacking {path}")
+    most = _MOST_UNPACKED * path.stat().st_size + 2**20
     try:
         for member, content in _archived(path):
             name = wanted.pop(member.removeprefix("./"), None)
@@ -275,17 +288,27 @@ def _unpack(path: Path, file: File, folder: Path) -> None:
                 beside.parent.mkdir(parents=True, exist_ok=True)
                 try:
                     with beside.open("wb") as out:
-                        shutil.copyfileobj(content, out, 2**20)
+                        _copy(content, out, most)
                     paths.move(beside, folder / name)
                 finally:
                     paths.remove(beside)
-    except (EOFError, OSError, tarfile.TarError, zipfile.BadZipFile, ValueError) as error:
+    except _DAMAGED as error:
         raise UserError(
             f"{path} cannot be unpacked ({_brief(error)}): free some of the disk if it is full, or "
             "fetch the file again."
         ) from error
     if wanted:
         raise UserError(f"{path} holds no {', '.join(wanted)}: fetch the file again.")
+
+
+def _copy(content: IO[bytes], out: IO[bytes], most: int) -> None:
+    """Copies a file of an archive, unless it is longer than it can be."""
+    left = most
+    while chunk := content.read(2**20):
+        left -= len(chunk)
+        if left < 0:
+            raise ValueError(f"a file in it has more than {most:,} bytes")
+        out.write(chunk)
 
 
 def _archived(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
@@ -298,7 +321,7 @@ def _archived(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
     else:
         with tarfile.open(path, "r|gz") as stream:
             for member in stream:
-                content_or_none = stream.extractfile(member)
+                content_or_none = stream.extractfile(member) if member.isreg() else None
                 if content_or_none is not None:
                     yield member.name, content_or_none
 

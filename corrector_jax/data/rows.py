@@ -18,7 +18,7 @@ from typing import IO, Any, NamedTuple, Protocol, TypeVar
 
 from corrector_jax.data.dataset import SPLITS, Refused
 from corrector_jax.paths import AnyPath, is_local
-from corrector_jax.types import UserError
+from corrector_jax.types import UserError, shown
 from corrector_jax.writer import say
 
 MAX_ROW = 8 * 2**20
@@ -167,10 +167,9 @@ class Rows:
                 if not content:
                     break
                 error = None
-                if len(content) > MAX_ROW:
+                too_long = len(content) > MAX_ROW
+                if too_long:
                     error = f"the line is longer than {MAX_ROW // 2**20} MiB: break it up"
-                    while content and not content.endswith(b"\n"):
-                        content = _read(file, where, line=True)
                 else:
                     try:
                         line = content.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -179,6 +178,9 @@ class Rows:
                 if error:
                     self.total += 1
                     self.refuse(where, UserError(f"{where}: {error}."))
+                    # Behind the refusal: what stops everything need not be read to its end.
+                    while too_long and content and not content.endswith(b"\n"):
+                        content = _read(file, where, line=True)
                 elif line.strip():
                     self.total += 1
                     yield where, line.rstrip("\r\n")
@@ -297,15 +299,15 @@ class Rows:
                         number += 1
                         self.total += 1
                         yield f"{path}:{number}", record
-            except (pyarrow.ArrowException, OSError) as error:
-                raise UserError(
-                    f"{path}:{number + 1}: not a whole parquet file ({_brief(error)}): fetch or "
-                    "write it again."
-                ) from error
             except UnicodeDecodeError as error:
                 raise UserError(
                     f"{path}:{number + 1}: this row, or one of the 1,023 behind it, holds a text "
                     "that is not UTF-8: write the file again."
+                ) from error
+            except (pyarrow.ArrowException, ArithmeticError, OSError, ValueError) as error:
+                raise UserError(
+                    f"{path}:{number + 1}: not a whole parquet file ({_brief(error)}): fetch or "
+                    "write it again."
                 ) from error
             self._advance(raw.tell())
 
@@ -365,7 +367,7 @@ def identifier(value: Any, key: str, where: str) -> str:
         return str(value)
     name = text(value, key, where)
     if name.split() != [name]:  # run files separate their columns by blanks
-        raise UserError(f"{where}: the {key} {name!r} is empty or has blanks: write one word.")
+        raise UserError(f"{where}: the {key} {shown(name)} is empty or has blanks: write one word.")
     return name
 
 
@@ -393,11 +395,13 @@ def grade(score: str, where: str) -> int:
     try:
         value = int(score)
     except ValueError:
-        raise UserError(f"{where}: the score {score!r} is not an integer: write one.") from None
+        raise UserError(
+            f"{where}: the score {shown(score)} is not an integer: write one."
+        ) from None
     if not 0 <= value < 2**31:
         raise UserError(
-            f"{where}: the score {value} is negative or huge: write 0 for a target that is not "
-            "relevant, 1 or more for one that is."
+            f"{where}: the score {shown(value)} is negative or huge: write 0 for a target that is "
+            "not relevant, 1 or more for one that is."
         )
     return value
 

@@ -20,7 +20,7 @@ from corrector_jax.data.layouts.text_files import TextFiles
 from corrector_jax.data.layouts.tfds import Tfds
 from corrector_jax.data.rows import Reader, Rows, find
 from corrector_jax.paths import AnyPath
-from corrector_jax.types import UserError
+from corrector_jax.types import UserError, shown
 from corrector_jax.writer import say
 
 LAYOUTS: dict[str, type[Any]] = {
@@ -92,8 +92,9 @@ def targets(path: str, *, target_template: str) -> Iterator[tuple[str, str]]:
         here: set[int] = set()
         for target, key, held in zip(shard, keys, before.tolist(), strict=True):
             if held or key in here:
+                name = shown(target.id)
                 raise UserError(
-                    f"{target.where}: the id {target.id!r} occurred before: write each id once."
+                    f"{target.where}: the id {name} occurred before: write each id once."
                 )
             here.add(key)
             text = render_target(target_template, title=target.title, text=target.text)

@@ -20,7 +20,11 @@ _CHUNK = 2**24  # bytes hashed at once
 
 
 class Texts(Sequence[str]):
-    """A list of texts on disk: a text is decoded when it is asked for."""
+    """A list of texts on disk: a text is decoded when it is asked for.
+
+    Raises:
+      UserError: a text is no UTF-8, and so not what was written.
+    """
 
     def __init__(self, path: Path, known_digest: str = "") -> None:
         """Opens a table.
@@ -32,8 +36,12 @@ class Texts(Sequence[str]):
         Raises:
           UserError: the files do not fit together.
         """
+        self._path = path
         self._data, self._ends = _open(path, np.uint8)
-        self._digest = bytes.fromhex(known_digest)
+        try:
+            self._digest = bytes.fromhex(known_digest)
+        except (TypeError, ValueError) as error:
+            raise damaged(path) from error
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -52,7 +60,7 @@ class Texts(Sequence[str]):
             return list(self._between(start, stop))
         found = range(len(self))[index]  # as a list has it: counts from the end, IndexError
         start = self._ends[found - 1] if found else 0
-        return str(self._data[start : self._ends[found]].tobytes(), "utf-8")
+        return self._decoded(self._data[start : self._ends[found]].tobytes())
 
     def __iter__(self) -> Iterator[str]:
         for start in range(0, len(self), 4096):
@@ -78,20 +86,37 @@ class Texts(Sequence[str]):
         content = self._data[at : ends[-1] if ends else at].tobytes()
         begin = at
         for end in ends:
-            yield str(content[begin - at : end - at], "utf-8")
+            yield self._decoded(content[begin - at : end - at])
             begin = end
+
+    def _decoded(self, content: bytes) -> str:
+        try:
+            return str(content, "utf-8")
+        except UnicodeDecodeError as error:
+            raise damaged(self._path) from error
 
 
 class Numbers(Sequence[np.ndarray]):
     """A list of arrays int32 on disk, of any lengths."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, below: int | None = None) -> None:
         """Opens the table whose files are `path`.data and `path`.ends.
 
+        Args:
+          path: of its files, without .data and .ends.
+          below: all numbers are at least 0 and below it; None = they are any.
+
         Raises:
-          UserError: they do not fit together.
+          UserError: they do not fit together, or hold another number.
         """
         self._data, self._ends = _open(path, np.int32)
+        least, most = self._data.min(initial=0), self._data.max(initial=0)
+        if below is not None and not 0 <= least <= most < max(below, 1):
+            raise damaged(path)
+
+    def lengths(self) -> np.ndarray:
+        """How many numbers each row holds: [n] int64."""
+        return np.diff(self._ends, prepend=0)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -120,11 +145,17 @@ class Appender:
         Args:
           path: without the ends of the two files.
           position: as `commit` returned it; what was written later is cut off.
+
+        Raises:
+          UserError: less is there than at that position.
         """
         self._files: list[IO[bytes]] = []
         for end, size in zip(("data", "ends"), position, strict=True):
             file = path.with_name(f"{path.name}.{end}").open("ab")
             self._files.append(file)
+            if file.tell() < size:  # longer it may be: what a killed process wrote behind
+                self.close()
+                raise damaged(path)
             file.truncate(size)
             file.seek(size)
         self._size = position[0]
@@ -172,15 +203,24 @@ def digest(texts: Sequence[str]) -> bytes:
 
 
 def _open(path: Path, dtype: type) -> tuple[np.ndarray, np.ndarray]:
-    data, ends = (
-        _mapped(path.with_name(f"{path.name}.{end}"), np.dtype(kind))
-        for end, kind in (("data", dtype), ("ends", "<i8"))
-    )
-    if len(data) != (ends[-1] if len(ends) else 0):
-        raise UserError(
-            f"{path}.data is damaged: remove the folder {path.parent}, so that it is made anew."
+    try:
+        data, ends = (
+            _mapped(path.with_name(f"{path.name}.{end}"), np.dtype(kind))
+            for end, kind in (("data", dtype), ("ends", "<i8"))
         )
+    except (OSError, ValueError) as error:  # gone, or not of whole numbers
+        raise damaged(path) from error
+    fits = len(data) == (ends[-1] if len(ends) else 0)
+    if not fits or (len(ends) and ends[0] < 0) or (ends[1:] < ends[:-1]).any():
+        raise damaged(path)
     return data, ends
+
+
+def damaged(path: Path) -> UserError:
+    """What is said of a table that is not as it was written, or of a file beside it."""
+    return UserError(
+        f"{path} is damaged: remove the folder {path.parent}, so that it is made anew."
+    )
 
 
 def _mapped(file: Path, dtype: np.dtype) -> np.ndarray:

@@ -18,8 +18,8 @@ import numpy as np
 
 from corrector_jax import paths
 from corrector_jax.data.prepared import SHARD, enough_disk, writing
+from corrector_jax.data.tables import damaged
 from corrector_jax.data.tokenize import TextTokenizer, lengths, token_fingerprint
-from corrector_jax.types import UserError
 from corrector_jax.writer import progress, say
 
 _CHUNK = 2**13  # texts between two signs of progress
@@ -89,14 +89,25 @@ def token_table(
                 _write(place, texts, tokenizer, prefix=prefix, max_len=max_len)
                 paths.write(place / "manifest.json", json.dumps(made_of, indent=1))
                 (place / "progress.json").unlink(missing_ok=True)
-    try:
-        found = [np.load(place / name, mmap_mode="r") for name in ("ids.npy", "lengths.npy")]
-    except ValueError as error:
-        raise UserError(
-            f"{place} is damaged ({error}): remove it, so that it is made anew."
-        ) from error
+    ids, lengths_of = (_opened(place / name) for name in ("ids.npy", "lengths.npy"))
+    kind = tokenizer.encode([], max_len=max_len).dtype
+    if (ids.shape, ids.dtype) != ((len(texts), max_len), kind):
+        raise damaged(place / "ids.npy")
+    counts = np.array(lengths_of)
+    if (counts.shape, counts.dtype) != ((len(texts),), np.dtype("<i4")):
+        raise damaged(place / "lengths.npy")
+    if not 0 <= counts.min(initial=0) <= counts.max(initial=0) <= max_len:
+        raise damaged(place / "lengths.npy")
     # A plain array: every slice of a memmap object costs microseconds.
-    return TokenTable(np.asarray(found[0]), np.array(found[1]), key)
+    return TokenTable(np.asarray(ids), counts, key)
+
+
+def _opened(path: Path) -> np.ndarray:
+    """An array on the disk; of a .npy file alone, never of an archive or of objects."""
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, OverflowError, EOFError) as error:
+        raise damaged(path) from error
 
 
 def _write(
@@ -106,7 +117,7 @@ def _write(
     shape = (len(texts), max_len)
     enough_disk(place, len(texts) * (max_len * example.itemsize + 4), "the tokens")
     file = place / "progress.json"
-    done = json.loads(file.read_text())["done"] if file.exists() else 0
+    done = _done(file, len(texts)) if file.exists() else 0
     with (
         (place / "ids.npy").open("ab") as ids_file,
         (place / "lengths.npy").open("ab") as lengths_file,
@@ -119,7 +130,10 @@ def _write(
                 table.truncate(0)
                 table.write(header)
             else:
-                table.truncate(len(header) + done * (row or 1) * np.dtype(dtype).itemsize)
+                end = len(header) + done * (row or 1) * np.dtype(dtype).itemsize
+                if table.tell() < end:
+                    raise damaged(file)
+                table.truncate(end)
         for start in range(done, len(texts), SHARD):
             shard = texts[start : start + SHARD]
             for at in range(0, len(shard), _CHUNK):
@@ -131,6 +145,17 @@ def _write(
                 table.flush()
                 os.fsync(table.fileno())
             paths.write(file, json.dumps({"done": start + len(shard)}))
+
+
+def _done(file: Path, most: int) -> int:
+    """How many texts a process tokenized that was killed."""
+    try:
+        done = paths.read_json(file)["done"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise damaged(file) from error
+    if type(done) is not int or not 0 <= done <= most:
+        raise damaged(file)
+    return done
 
 
 def _header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
@@ -145,8 +170,11 @@ def _changed(folder: Path, made_of: dict[str, Any]) -> str:
     """How this table differs from the most similar one of the same name; '' = there is none."""
     before = []
     for file in folder.glob("*/manifest.json"):
-        other = json.loads(file.read_text())
-        if other.get("name") == made_of["name"]:
+        try:
+            other = paths.read_json(file)
+        except (OSError, ValueError):
+            continue  # only what is needed has to be whole
+        if isinstance(other, dict) and other.get("name") == made_of["name"]:
             keys = [key for key in made_of if other.get(key) != made_of[key]]
             before.append((len(keys), -file.stat().st_mtime, keys, other))
     if not before:

@@ -33,13 +33,14 @@ class TextTokenizer:
         content = tokenizer_json.encode() if isinstance(tokenizer_json, str) else tokenizer_json
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+            vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+            self.vocab_size = max(vocabulary.values()) + 1
+            # What does not fit together comes up with the first text.
+            most = max([*self._tokenizer.encode("a").ids, *self._tokenizer.encode("").ids, 0])
         except Exception as error:  # the library raises nothing more precise
-            raise UserError(
-                f"The tokenizer.json is not one ({error}): give a valid one."
-            ) from error
+            what = " ".join(str(error).split())[:160]
+            raise UserError(f"The tokenizer.json is not one ({what}): give a valid one.") from error
         self.fingerprint = hashlib.sha256(content).hexdigest()
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
         padding = self._tokenizer.padding
         words = [word for word in _PAD_WORDS if word in vocabulary]
         if not padding and not words:
@@ -48,6 +49,11 @@ class TextTokenizer:
             )
         self.pad_id: int = padding["pad_id"] if padding else vocabulary[words[0]]
         self._tokenizer.no_padding()
+        if max(self.pad_id, most) >= self.vocab_size:
+            raise UserError(
+                f"The tokenizer.json writes the token {max(self.pad_id, most)} and has "
+                f"{self.vocab_size}: give a valid one."
+            )
 
     def encode(self, texts: Sequence[str], *, max_len: int, prefix: str = "") -> np.ndarray:
         """Tokenizes texts, special tokens included.

@@ -13,10 +13,13 @@ from typing import Any, Protocol, Self
 import flax.linen as nn
 from jax.typing import DTypeLike
 
-from corrector_jax.types import UserError
+from corrector_jax.types import UserError, shown
 
 _HUGE = 2.0**60
 """No number of a model is as large; infinities and what is not a number are not below it."""
+
+_MOST_LAYERS = 10_000
+"""No model has as many: its parameters are gone over one layer at a time."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +118,10 @@ def number(
     value: Any = published.get(key)
     value = default if value is None else value
     real = isinstance(value, int | float) and not isinstance(value, bool)
-    if not real or not abs(value) < _HUGE or value != kind(value):
+    most = _MOST_LAYERS if key.endswith("_layers") else _HUGE
+    if not real or not abs(value) < most or value != kind(value):
         raise UserError(
-            f"The model's config.json gives {value!r} for {key}, which must be "
+            f"The model's config.json gives {shown(value)} for {key}, which must be "
             f"{'a whole number' if kind is int else 'a number'}."
         )
     return kind(value)
@@ -140,10 +144,10 @@ def only(published: Mapping[str, Any], key: str, *supported: Any, default: Any) 
     """
     found = published.get(key, default)
     if found not in supported:
-        shown = " or ".join(repr(value) for value in supported)
+        words = " or ".join(repr(value) for value in supported)
         raise UserError(
-            f"The model's config.json says {key} {found!r}, but only {shown} is supported; choose "
-            "another model."
+            f"The model's config.json says {key} {shown(found)}, but only {words} is supported; "
+            "choose another model."
         )
     return found
 

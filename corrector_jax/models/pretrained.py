@@ -14,7 +14,7 @@ from corrector_jax.models.family import Family, Place, Placed
 from corrector_jax.models.modernbert import ModernBertConfig
 from corrector_jax.models.reader import ReaderConfig
 from corrector_jax.models.t5 import T5Config
-from corrector_jax.types import PyTree, UserError
+from corrector_jax.types import PyTree, UserError, shown
 
 FAMILIES: dict[str, type[Family]] = {
     "bert": BertConfig,
@@ -51,7 +51,7 @@ def encoder_config(hf_config: Mapping[str, Any], *, layers: int = 0) -> Family:
     kind = hf_config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
-            f"The encoder's config.json says model_type {kind!r}, but only "
+            f"The encoder's config.json says model_type {shown(kind)}, but only "
             f"{', '.join(map(repr, FAMILIES))} are supported; choose one of them, for example "
             "all-MiniLM-L6-v2."
         )
@@ -87,7 +87,7 @@ def reader_config(hf_config: Mapping[str, Any], tensors: Mapping[str, np.ndarray
     kind = hf_config.get("model_type")
     if kind != "t5":
         raise UserError(
-            f"The reader's config.json says model_type {kind!r}, but only 't5' is supported; "
+            f"The reader's config.json says model_type {shown(kind)}, but only 't5' is supported; "
             "choose a T5 with encoder and decoder, for example google-t5/t5-base."
         )
     tied = ReaderConfig.read(hf_config, tied=True)

@@ -37,7 +37,7 @@ class ReaderConfig:
       end_id: the token that ends an answer.
 
     Raises:
-      UserError: a size is not positive.
+      UserError: a size is not positive, or a token is none of the vocabulary's.
     """
 
     encoder: T5Config
@@ -49,6 +49,12 @@ class ReaderConfig:
 
     def __post_init__(self) -> None:
         check_sizes(self, heads=False)
+        for name, token in (("start", self.start_id), ("end", self.end_id)):
+            if not 0 <= token < self.encoder.vocab_size:
+                raise UserError(
+                    f"The reader's config.json begins or ends answers with token {token} ({name}), "
+                    f"but it has {self.encoder.vocab_size}; give config and weights of one model."
+                )
 
     @property
     def num_layers(self) -> int:

@@ -28,6 +28,7 @@ from corrector_jax.report.words import (
     finite,
     get,
     kl_sentence,
+    made_by_a_run,
     measured,
     number,
     read_json,
@@ -70,17 +71,18 @@ def write_report(workdir: AnyPath) -> AnyPath:
     examples = read_json(workdir / "examples.json") or []
     series, unreadable = read_metrics(workdir / "metrics.jsonl")
 
-    figures = [
-        figure(
-            workdir, plot.name, plot.title, plot.caption,
-            functools.partial(plot.draw, series, results),
-        )
-        for plot in PLOTS
-    ]  # fmt: skip
-    if profile := read_json(workdir / "profile.json"):
-        figures.append(_profile(workdir, profile))
-    looked_at = _staleness(workdir)
-    page = _page(results, config, examples, figures, looked_at, unreadable)
+    with made_by_a_run(workdir):
+        figures = [
+            figure(
+                workdir, plot.name, plot.title, plot.caption,
+                functools.partial(plot.draw, series, results),
+            )
+            for plot in PLOTS
+        ]  # fmt: skip
+        if profile := read_json(workdir / "profile.json"):
+            figures.append(_profile(workdir, profile))
+        looked_at = _staleness(workdir)
+        page = _page(results, config, examples, figures, looked_at, unreadable)
     path = workdir / "report.html"
     paths.write(path, page.encode("utf-8", errors="replace"))
     return path

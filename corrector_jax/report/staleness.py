@@ -56,9 +56,18 @@ def read_samples(workdir: AnyPath) -> list[Sample]:
             continue
         try:
             rows = safetensors.numpy.load(path.read_bytes())
-            found.append(Sample(int(path.stem), rows["stale"], rows["corrected"], rows["fresh"]))
-        except (safetensors.SafetensorError, KeyError, ValueError) as error:
-            raise UserError(f"{path} is not what a run wrote ({error}): remove it") from error
+            sample = Sample(int(path.stem), rows["stale"], rows["corrected"], rows["fresh"])
+            shapes = {part.shape for part in sample[1:]}
+            if len(shapes) != 1 or sample.stale.ndim != 2 or not sample.stale.size:
+                raise ValueError(f"arrays of shapes {', '.join(map(str, sorted(shapes)))}")
+            if any(part.dtype != np.float32 or not np.isfinite(part).all() for part in sample[1:]):
+                raise ValueError("values that are not finite float32")
+        except (safetensors.SafetensorError, KeyError, OSError, TypeError, ValueError) as error:
+            what = " ".join(ascii(str(error)).split())[:160]
+            raise UserError(f"{path} is not what a run wrote ({what}): remove it") from error
+        found.append(sample)
+    if len({sample.stale.shape[1] for sample in found}) > 1:
+        raise UserError(f"{folder} holds samples of several widths: remove those of other runs")
     return sorted(found, key=lambda sample: sample.step)
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from corrector_jax import paths
 from corrector_jax.paths import AnyPath
 from corrector_jax.ranking import METRICS
 from corrector_jax.types import UserError
@@ -26,6 +29,17 @@ _SYSTEMS = (
 )
 
 
+_OF_OTHER_VALUES = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What looking into values of another kind ends in."""
+
+
 def read_json(path: AnyPath) -> Any:
     """What a JSON file holds.
 
@@ -39,11 +53,36 @@ def read_json(path: AnyPath) -> Any:
       UserError: the file is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return paths.read_json(path)
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}): put back the one the run wrote.") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path} cannot be read ({reason}): put the run's own back.") from error
+
+
+@contextlib.contextmanager
+def made_by_a_run(workdir: AnyPath | str) -> Iterator[None]:
+    """While files of a run are looked into: what is not as a run writes it is said in a sentence.
+
+    Args:
+      workdir: the run's folder, or what else is named where something is wrong.
+
+    Raises:
+      UserError: a value is of another kind than a run writes.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except _OF_OTHER_VALUES as error:
+        what = f"{type(error).__name__}: {' '.join(ascii(str(error)).split())[:160]}"
+        raise UserError(
+            f"{workdir} holds a file that is not as a run writes it ({what}): put the run's own "
+            "results.json, and what lies beside it, back."
+        ) from error
 
 
 def read_metrics(path: AnyPath) -> tuple[Series, int]:
@@ -63,15 +102,20 @@ def read_metrics(path: AnyPath) -> tuple[Series, int]:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
         lines = []
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path} cannot be read ({reason}): put the run's own back.") from error
     for line in lines:
         try:
             row = json.loads(line)
-            step = int(row.pop("step"))
-        except (ValueError, TypeError, KeyError, AttributeError):
+            step = row.pop("step")
+            if not isinstance(step, int) or abs(step) >= 2**63:
+                raise ValueError
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             unreadable += bool(line.strip())
             continue
         for key, value in row.items():
-            if isinstance(value, int | float) and math.isfinite(value):
+            if _is_finite(value):
                 found.setdefault(key, {})[step] = float(value)
     return {
         key: (np.array(sorted(values)), np.array([values[step] for step in sorted(values)]))
@@ -106,7 +150,12 @@ def finite(tree: Mapping[str, Any], *keys: str) -> float | None:
       The number, None where there is none or it is not finite.
     """
     value = get(tree, *keys)
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
+    return value if _is_finite(value) else None
+
+
+def _is_finite(value: object) -> bool:
+    # A whole number may be too large for a float.
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 ANSWERS = ("em", "f1", "answer_recall@1", "answer_recall@5", "answer_recall@20")

@@ -30,7 +30,7 @@ from typing import Any
 from corrector_jax.data import rows as row
 from corrector_jax.data.rows import Judged, Query, Rows, Target
 from corrector_jax.paths import AnyPath
-from corrector_jax.types import UserError
+from corrector_jax.types import UserError, shown
 
 _FILES = (".jsonl", ".json", ".parquet")
 _CORPUS = re.compile(r"corpus|collection|passages|psgs")
@@ -191,7 +191,7 @@ class Fid(Inline):
                 text = _words(target.text)
                 holds = any(answer in text for answer in words)
             elif not isinstance(holds, bool):
-                raise UserError(f'{where}: "has_answer" is {holds!r}: write true or false.')
+                raise UserError(f'{where}: "has_answer" is {shown(holds)}: write true or false.')
             (positives if holds else negatives).append(target)
         return Query(
             where,
@@ -227,8 +227,8 @@ class Columns(Inline):
         label = _column(record, _LABEL_COLUMNS)
         if label is not None and record[label] not in (0, 1):
             raise UserError(
-                f"{where}: the {label} is {record[label]!r}: write 1 for a positive, 0 for a hard "
-                "negative."
+                f"{where}: the {label} is {shown(record[label])}: write 1 for a positive, 0 for a "
+                "hard negative."
             )
         names = [name for name in record if re.fullmatch(r"negative(_?\d+)?", name)]
         first = _plain([row.field(record, positive, where)], where)

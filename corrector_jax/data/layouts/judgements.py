@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from corrector_jax.data.rows import Judged, Query, Rows
-from corrector_jax.types import UserError
+from corrector_jax.types import UserError, shown
 
 
 class Judgement(NamedTuple):
@@ -30,7 +30,7 @@ def read_queries(found: Iterable[tuple[str, str, str]], rows: Rows) -> dict[str,
     texts: dict[str, str] = {}
     for where, name, text in found:
         if name in texts:
-            error = f"{where}: the id {name!r} occurred before: write each id once."
+            error = f"{where}: the id {shown(name)} occurred before: write each id once."
             rows.refuse(where, UserError(error), "duplicate id")
         else:
             texts[name] = text
@@ -56,10 +56,11 @@ def join(
         error = None
         held = grouped.get(line.query, {}).get(line.target, line)
         if line.query not in texts:
-            error = f"query {line.query!r} is not in {file}: add it there."
+            error = f"query {shown(line.query)} is not in {file}: add it there."
         elif held.grade != line.grade:
             error = (
-                f"{line.query!r} and {line.target!r} had another score above: keep one of the two."
+                f"{shown(line.query)} and {shown(line.target)} had another score above: keep one "
+                "of the two."
             )
         if error:
             rows.refuse(line.where, UserError(f"{line.where}: {error}"))

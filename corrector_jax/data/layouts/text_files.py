@@ -14,7 +14,7 @@ from corrector_jax.data import rows as row
 from corrector_jax.data.dataset import SPLITS
 from corrector_jax.data.rows import Judged, Query, Rows, Target
 from corrector_jax.paths import AnyPath
-from corrector_jax.types import UserError
+from corrector_jax.types import UserError, shown
 
 _MEANING = "a folder of text files"
 
@@ -75,7 +75,7 @@ class TextFiles:
 def _query(record: dict[str, Any], where: str) -> tuple[str, Query]:
     split = row.field({"split": "train"} | record, "split", where)
     if split not in SPLITS:
-        raise UserError(f"{where}: the split is {split!r}: write train, dev or test.")
+        raise UserError(f"{where}: the split is {shown(split)}: write train, dev or test.")
     answers = row.listed(record, "answers", where, missing=True)
     return split, Query(
         where,
