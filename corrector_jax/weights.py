@@ -329,8 +329,8 @@ def _pooling(path: Path) -> str:
     modes = modes if isinstance(modes, list) else [modes]
     if modes not in (["mean"], ["cls"], ["lasttoken"]):
         raise UserError(
-            f"{path} asks for the pooling {', '.join(map(str, modes))[:80] or 'none'}; only mean, cls "
-            f"or lasttoken is supported."
+            f"{path} asks for the pooling {', '.join(map(str, modes))[:80] or 'none'}; only mean, "
+            f"cls or lasttoken is supported."
         )
     if config.get("include_prompt", True) is not True:
         raise UserError(
@@ -501,8 +501,8 @@ def _max_len(model: Path, config: dict[str, Any]) -> int:
         real = isinstance(length, int | float) and not isinstance(length, bool)
         if not real or not 1 <= length < float("inf"):
             raise UserError(
-                f"{model / file} gives {shown(length)} for {key}, which must be a number of tokens; "
-                "fetch it again."
+                f"{model / file} gives {shown(length)} for {key}, which must be a number of "
+                "tokens; fetch it again."
             )
         found.append(int(length))
     return min(found, default=512)

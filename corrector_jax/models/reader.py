@@ -21,7 +21,7 @@ from corrector_jax.models import decoding
 from corrector_jax.models.dual_encoder import Encode
 from corrector_jax.models.family import Axes, Place, check_sizes, number, only
 from corrector_jax.models.t5 import T5, Memory, T5Config, T5Decoder
-from corrector_jax.types import Array, ArrayLike, PyTree
+from corrector_jax.types import Array, ArrayLike, PyTree, UserError
 
 
 @dataclass(frozen=True)
