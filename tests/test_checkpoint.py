@@ -337,3 +337,26 @@ def test_a_workdir_on_another_kind_of_store_is_refused():
 
     with pytest.raises(UserError, match="local disks and to gs:// only"):
         Checkpoints.writable(paths.make("memory://run"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.pop("leaves"),
+        lambda content: content.update(leaves={"params": 4}),
+        lambda content: content.update(position=[1]),
+        lambda content: content["position"].update(more=1),
+        lambda content: content["position"].update(cache=7),
+        lambda content: content["position"].update(cache={"step": "x", "sha256": ""}),
+        lambda content: content["position"].update(cache={"step": 3, "sha256": None}),
+    ],
+)
+def test_a_position_that_its_digest_fits_and_no_run_wrote_is_damage(tmp_path, change):
+    save(tmp_path, [3])
+    (path,) = tmp_path.glob("checkpoints/3/position/*")
+    content = json.loads(path.read_text())
+    change(content)
+    content.pop("sha256")
+    path.write_text(json.dumps(content | {"sha256": module._sha256(content)}))
+    with pytest.raises(UserError, match="its position is not what was saved"):
+        resume(tmp_path)

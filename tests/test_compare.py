@@ -93,3 +93,29 @@ def test_other_data_other_queries_and_unfinished_runs_are_refused(copied, tmp_pa
     refused("one and queries were evaluated on different queries", other)
     older = copied("older", results=lambda content: content["dataset"].pop("corpus"))
     assert compare([one, older], tmp_path / "c.html").exists()
+
+
+def test_files_that_no_run_wrote_are_named_in_a_sentence(copied, tmp_path):
+    one = copied("one")
+
+    def refused(match, other):
+        with pytest.raises(UserError, match=match) as error:
+            compare([one, other], tmp_path / "c.html")
+        assert "\n" not in str(error.value)
+
+    refused("dataset", copied("a", results=lambda content: content.update(dataset=[1])))
+    refused("ledger", copied("b", results=lambda content: content.update(ledger=5)))
+    refused(r"c/eval/after\.json .* not as a run", copied("c", after=lambda r: r.clear()))
+    for number, values in enumerate(([1.0], ["x"], None, [[1.0]], [0.5] * 3)):
+        other = copied(f"d{number}", after=lambda r, v=values: r["per_query"].update({"mrr@10": v}))
+        refused(rf"d{number}/eval/after\.json .* not as a run", other)
+    other = copied("e")
+    (other / "results.json").write_text("[" * 100_000)
+    refused(r"e/results\.json is not JSON \(it is nested", other)
+    (other / "results.json").write_text("[]")
+    refused("holds no results", other)
+    other = copied("f")
+    (other / "runs" / "after.trec").write_bytes(b"\xff Q0 t0 1 1 x\n")
+    refused(r"f/runs/after\.trec cannot be read", other)
+    (other / "runs" / "after.trec").unlink()
+    refused(r"f/runs/after\.trec cannot be read", other)

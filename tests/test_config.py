@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import runpy
 from pathlib import Path
 
@@ -174,6 +175,27 @@ def test_json_keeps_every_value_and_refuses_unknown_keys():
     assert configs.from_json(configs.to_json(config)).to_dict() == config.to_dict()
     with pytest.raises(UserError, match="bogus"):
         configs.from_json('{"train": {"bogus": 1}}')
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"seed": null}', "seed is None: put it back"),  # a ConfigDict takes it for any value
+        ('{"seed": true}', "seed is True: put it back"),
+        ('{"seed": 1e400}', "seed is inf: put it back"),
+        ('{"seed": 99999999999999999999}', "seed is 9+: put it back"),
+        ('{"model": {"beta": NaN}}', "NaN is no number"),
+        ('{"model": {"weights": "\\ud800"}}', "model.weights is .*: put it back"),
+        ('{"model": {"weights": ["x"]}}', r"model.weights is \['x'\]: put it back"),
+        ("[" * 100_000, "not what a run wrote"),
+        ("[]", "not what a run wrote"),
+        (json.dumps({"x" * 5000: 1}), r"has the key 'x+, which"),
+    ],
+)
+def test_json_that_no_run_wrote_is_refused_in_a_sentence(text, said):
+    with pytest.raises(UserError, match=said) as error:
+        configs.from_json(text)
+    assert len(str(error.value)) < 200
 
 
 def test_only_keys_that_shape_the_state_are_compared():

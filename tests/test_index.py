@@ -186,3 +186,10 @@ def test_tensorflow_beside_it_is_not_looked_at_and_why_it_fails_is_said(
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
     assert (said in done.stdout) if said else not done.stdout.strip()
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", '{"files": null}', '{"files": [[[]]]}'])
+def test_an_index_json_of_anything_else_is_no_index(tmp_path, content):
+    (tmp_path / "index.json").write_text(content)
+    with pytest.raises(DamagedError, match="holds no index"):
+        index.load(tmp_path, numbers(), cache="abc", made=MADE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -106,3 +107,15 @@ def test_on_a_store_a_read_that_fails_once_is_no_news(tmp_path, monkeypatch):
         fails = iter([True])
         with pytest.raises(UserError, match="in use by process"):
             Lock(store(tmp_path), beat=0.2, say=lambda line: None).__enter__()
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, json.dumps({"host": "a\n\x1b[31mb" + "c" * 1000, "pid": {"x": 1}})]
+)
+def test_a_lock_of_somebody_elses_making_is_told_in_one_line(tmp_path, content):
+    with Lock(tmp_path / "run"):
+        (tmp_path / "run" / "lock").write_text(content)
+        with pytest.raises(UserError, match=r"in use by process .* on ") as error:
+            Lock(tmp_path / "run").__enter__()
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 400 + len(str(tmp_path))

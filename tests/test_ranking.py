@@ -189,6 +189,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     [
         ("q0 Q0 a 1 0.5", "run.trec:2 is not a TREC line"),
         ("q0 Q0 a one 0.5 x", "run.trec:2 is not a TREC line"),
+        ("q0 Q0 a 1 1e300 x", "run.trec:2 is not a TREC line"),  # no float32 holds it
         ("q0 Q0 a 1 inf x", "run.trec:2 is not a TREC line"),
         ("q9 Q0 a 1 0.5 x", "run.trec:2 names query 'q9'"),
         ("q0 Q0 c 1 0.5 x", "run.trec:2 names target 'c'"),

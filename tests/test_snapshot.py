@@ -203,7 +203,7 @@ def test_a_file_of_other_rows_than_the_manifest_says_is_damaged(tmp_path):
     (target / "rows-000000000000.safetensors").write_bytes(short)
     digest = hashlib.sha256(short).hexdigest()
     rewrite(target, lambda m: m["files"][0].update(sha256=digest))
-    with pytest.raises(DamagedError, match="another number of rows"):
+    with pytest.raises(DamagedError, match="holds other rows than its manifest says"):
         load(target, empty(1))
 
 
@@ -229,3 +229,63 @@ def test_a_folder_cut_off_while_it_was_written_is_no_snapshot(tmp_path, monkeypa
         load(tmp_path / "s", empty(2))
     snapshot.save(tmp_path / "s", filled(2), step=6, made_by=MADE_BY)
     load(tmp_path / "s", empty(2))
+
+
+FORGED = {
+    "stop": lambda m: m["files"][0].update(stop="x"),
+    "step": lambda m: m.update(step=[1]),
+    "bytes": lambda m: m["files"][0].update(bytes="many"),
+    "sha256": lambda m: m["files"][0].update(sha256=7),
+    "made_by": lambda m: m.update(made_by=None),
+    "size": lambda m: (m.update(size=-1), m["files"][-1].update(stop=-1)),
+    "dtype": lambda m: m.update(dtype=4),
+    "no file has such a name": lambda m: m["files"][0].update(file="rows\0.safetensors"),
+}
+
+
+@pytest.mark.parametrize("change", FORGED.values(), ids=FORGED)
+def test_a_manifest_of_other_kinds_of_values_is_damaged(tmp_path, change):
+    snapshot.save(tmp_path / "s", filled(1), step=5, made_by=MADE_BY)
+    rewrite(tmp_path / "s", change)
+    for read in (lambda: load(tmp_path / "s", empty(1)), lambda: raised(tmp_path / "s")):
+        with pytest.raises(DamagedError):
+            read()
+
+
+def raised(folder) -> None:
+    """What `check` says of files, as an error."""
+    for _, _, problem in snapshot.check(folder):
+        if problem:
+            raise DamagedError(problem)
+
+
+def test_json_without_end_is_damaged(tmp_path):
+    (tmp_path / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(DamagedError, match=r"manifest\.json is not JSON"):
+        snapshot.read_manifest(tmp_path)
+
+
+ROWS = np.zeros((N, D), np.float32)
+AGES = np.zeros(N, np.int32)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        safetensors.numpy.save({"embeddings": ROWS}),
+        safetensors.numpy.save({"embeddings": ROWS[:, :3], "written_at": AGES}),
+        safetensors.numpy.save({"embeddings": ROWS, "written_at": AGES, "more": AGES}),
+        safetensors.numpy.save({"embeddings": ROWS, "written_at": np.float32(0)}),
+        safetensors.numpy.save({"embeddings": ROWS.astype(np.float64), "written_at": AGES}),
+        b"\xff" * 100,
+    ],
+)
+def test_a_file_that_its_digest_fits_and_the_manifest_does_not_is_damaged(tmp_path, content):
+    """As somebody would forge it, or another program write it."""
+    snapshot.save(tmp_path / "s", filled(1), step=5, made_by=MADE_BY)
+    (file,) = (tmp_path / "s").glob("rows-*")
+    file.write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    rewrite(tmp_path / "s", lambda m: m["files"][0].update(sha256=digest))
+    with pytest.raises(DamagedError, match=file.name):
+        load(tmp_path / "s", empty(1))

@@ -497,3 +497,35 @@ def test_a_shard_that_is_a_folder_is_refused(folder, shard):
     write(folder / "model.safetensors.index.json", {"weight_map": {"a.weight": shard}})
     with pytest.raises(UserError, match=r"names the shard \S*, which is not in the folder"):
         weights.find(str(folder))
+
+
+@pytest.mark.parametrize("path", ["1_Pooling\0", "x" * 3000, "loop/x", "/", ".."])
+def test_a_module_in_no_place_a_folder_has_is_refused(folder, path):
+    (folder / "loop").symlink_to(folder / "loop")
+    described = modules("Transformer", "Pooling")
+    described[1]["path"] = path
+    write(folder / "modules.json", described)
+    with pytest.raises(UserError, match="outside its folder") as error:
+        weights.find(str(folder))
+    assert str(error.value).isprintable()
+
+
+def test_a_folder_in_the_place_of_the_weights_is_refused(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):
+        weights.find(str(folder))
+
+
+def test_a_shard_whose_name_no_file_can_have_is_refused(folder):
+    (folder / "model.safetensors").unlink()
+    write(folder / "model.safetensors.index.json", {"weight_map": {"a": "x" * 3000}})
+    with pytest.raises(UserError, match="which is not in the folder") as error:
+        weights.find(str(folder))
+    assert len(str(error.value)) < 400 + len(str(folder))
+
+
+def test_half_of_a_surrogate_pair_in_a_prompt_is_refused(folder):
+    write(folder / "config_sentence_transformers.json", {"prompts": {"query": "\ud800"}})
+    with pytest.raises(UserError, match="half of a surrogate pair"):
+        weights.find(str(folder))

@@ -41,7 +41,7 @@ class Texts(Sequence[str]):
         try:
             self._digest = bytes.fromhex(known_digest)
         except (TypeError, ValueError) as error:
-            raise damaged(path) from error
+            raise damaged(_data(path)) from error
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -93,7 +93,7 @@ class Texts(Sequence[str]):
         try:
             return str(content, "utf-8")
         except UnicodeDecodeError as error:
-            raise damaged(self._path) from error
+            raise damaged(_data(self._path)) from error
 
 
 class Numbers(Sequence[np.ndarray]):
@@ -112,7 +112,7 @@ class Numbers(Sequence[np.ndarray]):
         self._data, self._ends = _open(path, np.int32)
         least, most = self._data.min(initial=0), self._data.max(initial=0)
         if below is not None and not 0 <= least <= most < max(below, 1):
-            raise damaged(path)
+            raise damaged(_data(path))
 
     def lengths(self) -> np.ndarray:
         """How many numbers each row holds: [n] int64."""
@@ -155,7 +155,7 @@ class Appender:
             self._files.append(file)
             if file.tell() < size:  # longer it may be: what a killed process wrote behind
                 self.close()
-                raise damaged(path)
+                raise damaged(_data(path))
             file.truncate(size)
             file.seek(size)
         self._size = position[0]
@@ -209,11 +209,15 @@ def _open(path: Path, dtype: type) -> tuple[np.ndarray, np.ndarray]:
             for end, kind in (("data", dtype), ("ends", "<i8"))
         )
     except (OSError, ValueError) as error:  # gone, or not of whole numbers
-        raise damaged(path) from error
+        raise damaged(_data(path)) from error
     fits = len(data) == (ends[-1] if len(ends) else 0)
     if not fits or (len(ends) and ends[0] < 0) or (ends[1:] < ends[:-1]).any():
-        raise damaged(path)
+        raise damaged(_data(path))
     return data, ends
+
+
+def _data(path: Path) -> Path:
+    return path.with_name(f"{path.name}.data")
 
 
 def damaged(path: Path) -> UserError:

@@ -9,6 +9,7 @@ import json
 import resource
 import subprocess
 import sys
+import tarfile
 import urllib.request
 from pathlib import Path
 
@@ -351,3 +352,61 @@ def test_what_is_there_needs_no_disk(root, tmp_path):
     needed = builders.disk_needed("msmarco", tmp_path)
     assert needed["downloads"] == 1_057_717_952  # once, though two builders read it
     assert 3e9 < needed["records"] < 4e9
+
+
+def _msmarco(folder: Path, more: list[tarfile.TarInfo], members: dict[str, bytes]) -> Path:
+    path = folder / "msmarco" / "collectionandqueries.tar.gz"
+    path.parent.mkdir(parents=True)
+    with tarfile.open(path, "w:gz") as archive:
+        for member in more:
+            archive.addfile(member)
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def _unpack(path: Path) -> None:
+    def none(url: str) -> Path:
+        raise OSError("no network")
+
+    published.fetch(published.CORPORA[path.parent.name].files, path.parent, none, verify=False)
+
+
+def test_an_archive_writes_nothing_but_what_was_asked_for(tmp_path):
+    names = published.CORPORA["msmarco"].files[0].members
+    links = []
+    for name, kind in ((names[0], tarfile.SYMTYPE), ("x", tarfile.LNKTYPE), ("y", tarfile.CHRTYPE)):
+        link = tarfile.TarInfo(name)
+        link.type, link.linkname = kind, "/nowhere/else"
+        links.append(link)
+    evil = {"../evil": b"evil", str(tmp_path / "evil"): b"evil", "more": b"more"}
+    path = _msmarco(tmp_path / "a", links, evil | dict.fromkeys(names, b"1\ttext\n"))
+    _unpack(path)
+    there = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if not p.is_dir()}
+    assert there == {f"a/msmarco/{name}" for name in (*names, path.name)}
+    assert not any(p.is_symlink() for p in tmp_path.rglob("*"))
+
+
+def test_a_file_that_unpacks_without_end_is_refused(tmp_path):
+    names = published.CORPORA["msmarco"].files[0].members
+    path = _msmarco(tmp_path / "a", [], {names[0]: bytes(2**26)})
+    with pytest.raises(UserError, match=r"cannot be unpacked \(a file in it has more than"):
+        _unpack(path)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(("at", "bit"), [(6, 1), (8, 64)])
+def test_an_archive_that_is_encrypted_or_packed_as_nobody_knows_is_said(tmp_path, at, bit):
+    published_files.write("hotpotqa", tmp_path)
+    (path,) = (tmp_path / "published" / "hotpotqa").iterdir()
+    content = bytearray(path.read_bytes())
+    for mark, place in ((b"PK\3\4", at), (b"PK\1\2", at + 2)):
+        start = content.find(mark)
+        while start >= 0:
+            content[start + place] ^= bit
+            start = content.find(mark, start + 4)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"hotpotqa\.zip cannot be unpacked"):
+        _unpack(path)

@@ -487,3 +487,42 @@ def test_files_that_name_no_split_are_said(tmp_path: Path, capsys):
     (folder / "hard.jsonl").write_text((folder / "train.jsonl").read_text())
     load(folder)
     assert "passed over hard.jsonl: no name of a split" in capsys.readouterr().out
+
+
+def test_a_parquet_of_values_that_python_has_not_is_one_sentence(tmp_path: Path):
+    import pyarrow
+    import pyarrow.parquet
+
+    times = pyarrow.array([2**62], pyarrow.int64()).cast(pyarrow.timestamp("s"), safe=False)
+    table = pyarrow.table({"anchor": ["q"], "positive": ["p"], "asked": times})
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(UserError) as caught:
+        sources.load(str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    one_sentence(caught.value, r"train\.parquet:1", "not a whole parquet file")
+
+
+def test_what_is_said_of_a_long_value_is_short(tmp_path: Path):
+    long = "x" * 100_000
+    folder = written.beir(tmp_path / "tiny")
+    with (folder / "qrels" / "dev.tsv").open("a") as file:
+        file.write(f"{long}\tt1\t1\n")
+    with pytest.raises(UserError) as caught:
+        load(folder)
+    one_sentence(caught.value, r"dev\.tsv:\d+", "xxx...xxx' is not in queries.jsonl")
+
+
+def test_a_bomb_is_refused_at_its_first_line_and_not_unpacked(tmp_path: Path, monkeypatch):
+    folder = written.beir(tmp_path / "tiny")
+    (folder / "corpus.jsonl").unlink()
+    (folder / "corpus.jsonl.gz").write_bytes(gzip.compress(bytes(2**24)) * 64)
+    read, asked = rows._read, []
+
+    def counted(*arguments, **keys) -> bytes:
+        found = read(*arguments, **keys)
+        asked.append(len(found))
+        return found
+
+    monkeypatch.setattr(rows, "_read", counted)
+    with pytest.raises(UserError, match=r"corpus\.jsonl\.gz:1: the line is longer than 8 MiB"):
+        load(folder)
+    assert sum(asked) < 3 * rows.MAX_ROW

@@ -247,3 +247,63 @@ def test_packed_files_need_more_than_their_size(tmp_path: Path, monkeypatch):
     written.compress(folder, ".gz")
     load(folder)
     assert asked == [3 * sum(path.stat().st_size for path in folder.iterdir())]
+
+
+def _changed(**changes):
+    def change(content: bytes) -> bytes:
+        return json.dumps(json.loads(content) | changes).encode()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("manifest.json", lambda content: content[:-9]),
+        ("manifest.json", lambda content: b"[" * 100_000),
+        ("manifest.json", _changed(queries={"../../x": 3})),
+        ("manifest.json", _changed(queries={"train": 3})),
+        ("manifest.json", _changed(refused=[1])),
+        ("manifest.json", _changed(digests={"target_ids": "xyz", "target_texts": ""})),
+        ("target_ids.ends", lambda content: content[:-8]),
+        ("train_positives.data", lambda content: b"\xff\xff\xff\x7f" + content[4:]),
+        ("train_grades.ends", lambda content: content[:-8]),
+        ("train_answers.data", lambda content: b"{" + content[1:]),
+        ("dev_texts.data", None),
+    ],
+)
+def test_whatever_is_damaged_in_the_cache_is_named(tmp_path: Path, file: str, change):
+    folder = written.fid(tmp_path / "tiny")
+    load(folder)
+    (path,) = (tmp_path / "cache").rglob(file)
+    if change:
+        path.write_bytes(change(path.read_bytes()))
+    else:
+        path.unlink()
+    with pytest.raises(UserError, match="is damaged: remove the folder") as caught:
+        load(folder)
+    assert str(path.parent) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: b"",
+        lambda content: b"{}}",
+        _changed(size=-1),
+        _changed(size=1),
+        _changed(target_texts=[10**9, 8]),
+        _changed(target_ids="x"),
+        _changed(refused={"file:1": ["kind"]}),
+        _changed(whole="yes"),
+    ],
+)
+def test_progress_that_nobody_wrote_is_damage(tmp_path: Path, change):
+    folder = written.beir(tmp_path / "tiny")
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nno\tt1\t1\n")
+    with pytest.raises(UserError, match="'no' is not in"):
+        load(folder)
+    (path,) = (tmp_path / "cache").rglob("progress.json")
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(UserError, match="is damaged: remove the folder"):
+        load(folder)

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from corrector_jax.data.tables import Appender, Numbers, Texts, digest
+from corrector_jax.types import UserError
 
 SETTINGS = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -66,3 +67,50 @@ def test_what_was_written_behind_the_last_commit_is_cut_off(tmp_path: Path):
     table.commit()
     table.close()
     assert list(Texts(tmp_path / "t")) == ["one", "zwei", "three"]
+
+
+def test_ends_that_no_table_has_are_damage(tmp_path: Path):
+    write(tmp_path / "t", ["one", "two", "three"])
+    ends = tmp_path / "t.ends"
+    good = np.fromfile(ends, "<i8")
+    for bad in (good[[1, 0, 2]], good * [-1, 1, 1], good[:2], [*good, 2**40]):
+        np.array(bad, "<i8").tofile(ends)
+        with pytest.raises(UserError, match=r"t\.data is damaged: remove the folder"):
+            list(Texts(tmp_path / "t"))
+    ends.write_bytes(good.astype("<i8").tobytes()[:-3])  # no whole number of them
+    with pytest.raises(UserError, match="is damaged"):
+        Texts(tmp_path / "t")
+    ends.unlink()
+    with pytest.raises(UserError, match="is damaged"):
+        Texts(tmp_path / "t")
+
+
+def test_a_text_that_is_no_utf8_is_damage(tmp_path: Path):
+    write(tmp_path / "t", ["one", "two"])
+    (tmp_path / "t.data").write_bytes(b"one\xff\xff\xff")
+    table = Texts(tmp_path / "t")
+    assert table[0] == "one"
+    for read in (lambda: table[1], lambda: list(table)):
+        with pytest.raises(UserError, match=r"t\.data is damaged"):
+            read()
+
+
+def test_numbers_that_name_no_row_are_damage(tmp_path: Path):
+    table = Appender(tmp_path / "n")
+    table.numbers([[0, 4], [], [2]])
+    table.commit()
+    table.close()
+    assert Numbers(tmp_path / "n", below=5).lengths().tolist() == [2, 0, 1]
+    with pytest.raises(UserError, match=r"n\.data is damaged"):
+        Numbers(tmp_path / "n", below=4)
+
+
+def test_less_than_was_committed_is_damage(tmp_path: Path):
+    """A file that is made longer to what it was would be full of zeros."""
+    table = Appender(tmp_path / "t")
+    table.texts(["one"])
+    position = table.commit()
+    table.close()
+    (tmp_path / "t.data").write_bytes(b"on")
+    with pytest.raises(UserError, match=r"t\.data is damaged"):
+        Appender(tmp_path / "t", position)

@@ -107,7 +107,7 @@ def test_a_damaged_table_is_named(tmp_path, tokenizer):
     make(tmp_path, tokenizer)
     with next(tmp_path.rglob("ids.npy")).open("ab") as file:
         file.truncate(200)
-    with pytest.raises(UserError, match=r"is damaged .*: remove it"):
+    with pytest.raises(UserError, match=r"ids\.npy is damaged: remove the folder"):
         make(tmp_path, tokenizer)
 
 
@@ -120,3 +120,50 @@ def test_texts_are_counted_uncut(tokenizer):
     counts = tokenizer.count(["", "ba", "ba be bi", " ".join(tiny.WORDS)], prefix="bo ")
     np.testing.assert_array_equal(counts, [3, 4, 6, 3 + len(tiny.WORDS)])
     assert tokenizer.encode(["ba " * 9], max_len=4).shape == (1, 4)  # still cuts after a count
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("ids.npy", np.zeros((40, 7), np.uint16)),
+        ("ids.npy", np.zeros((40, 6), np.int64)),
+        ("lengths.npy", np.zeros(39, np.int32)),
+        ("lengths.npy", np.full(40, 7, np.int32)),
+        ("lengths.npy", np.zeros(40, np.float32)),
+    ],
+)
+def test_a_table_of_another_shape_or_kind_is_damage(tmp_path, tokenizer, name, array):
+    make(tmp_path, tokenizer)
+    np.save(next(tmp_path.rglob(name)), array)
+    with pytest.raises(UserError, match=rf"{name} is damaged"):
+        make(tmp_path, tokenizer)
+
+
+def test_an_archive_is_no_table_and_a_missing_one_is_damage(tmp_path, tokenizer):
+    make(tmp_path, tokenizer)
+    path = next(tmp_path.rglob("ids.npy"))
+    with path.open("wb") as file:
+        np.savez(file, ids=np.zeros(3))
+    with pytest.raises(UserError, match=r"ids\.npy is damaged"):
+        make(tmp_path, tokenizer)
+    path.unlink()
+    with pytest.raises(UserError, match=r"ids\.npy is damaged"):
+        make(tmp_path, tokenizer)
+
+
+def test_another_table_that_is_damaged_is_in_nobodys_way(tmp_path, tokenizer):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "manifest.json").write_text("[" * 100_000)
+    make(tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"done": -1}', '{"done": 41}', '{"done": 30}'])
+def test_progress_that_nobody_made_is_damage(tmp_path, tokenizer, monkeypatch, content):
+    make(tmp_path, tokenizer)
+    manifest = next(tmp_path.rglob("manifest.json"))
+    manifest.unlink()
+    (manifest.parent / "progress.json").write_text(content)
+    with (manifest.parent / "ids.npy").open("ab") as file:
+        file.truncate(200)
+    with pytest.raises(UserError, match=r"progress\.json is damaged"):
+        make(tmp_path, tokenizer)

@@ -166,3 +166,19 @@ def test_tokens_are_a_text_again(minilm: TextTokenizer):
 def test_a_tokenizer_that_ends_no_text_is_said_to_have_no_end():
     with pytest.raises(UserError, match="ends no text with a special token"):
         _ = TextTokenizer(_word_level(9)).end_id
+
+
+def test_tokens_that_the_vocabulary_lacks_are_refused():
+    """Written into a table of 16 bits they would stop the whole corpus, or be others."""
+    special = {"id": "[SEP]", "ids": [70_000], "tokens": ["[SEP]"]}
+    end = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "[SEP]", "type_id": 0}}]
+    processor = {"type": "TemplateProcessing", "single": end, "pair": end}
+    content = _word_level(9, post_processor=processor | {"special_tokens": {"[SEP]": special}})
+    with pytest.raises(UserError, match="writes the token 70000 and has 9"):
+        TextTokenizer(content)
+    padding = {
+        "strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None,
+        "pad_id": 12, "pad_type_id": 0, "pad_token": "[PAD]",
+    }  # fmt: skip
+    with pytest.raises(UserError, match="writes the token 12 and has 9"):
+        TextTokenizer(_word_level(9, padding=padding))

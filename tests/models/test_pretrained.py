@@ -179,3 +179,11 @@ def test_other_encoders_are_refused_by_name(change, words):
 def test_layers_that_are_not_there_are_refused(layers):
     with pytest.raises(UserError, match=f"has 3 layers, so its first {layers} cannot"):
         encoder_config(HF_CONFIG, layers=layers)
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert", "t5"])
+def test_a_number_of_layers_that_no_model_has_is_refused_at_once(kind):
+    """Places are gone over one layer at a time: two thousand millions would fill the memory."""
+    key = "num_layers" if kind == "t5" else "num_hidden_layers"
+    with pytest.raises(UserError, match=f"2147483648 for {key}"):
+        encoder_config(HF_CONFIG | {"model_type": kind, key: 2**31})

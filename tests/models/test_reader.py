@@ -327,3 +327,10 @@ def test_tensors_that_do_not_fit_are_named(made, tensors):
 def test_what_is_not_supported_is_named(change, words):
     with pytest.raises(UserError, match=words):
         reader_config(published(KINDS["1.0"]) | change, {})
+
+
+@pytest.mark.parametrize("token", [{"start_id": -1}, {"end_id": 10**6}])
+def test_answers_begin_and_end_with_tokens_that_are_there(token):
+    """Beyond the table of words another row would be read, silently."""
+    with pytest.raises(UserError, match="begins or ends answers with token"):
+        ReaderConfig(SIZES, 3, **token)

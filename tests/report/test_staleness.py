@@ -172,3 +172,30 @@ def events(file):
         (length,) = struct.unpack_from("<Q", content, at)
         yield Event.FromString(content[at + 12 : at + 12 + length])
         at += 16 + length
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stale": np.zeros((3, 4), np.float32)},
+        {"stale": np.full((8, 4), np.nan, np.float32)},
+        {"stale": np.zeros((8, 4), np.int32)},
+        dict.fromkeys(("stale", "corrected", "fresh"), np.zeros((0, 4), np.float32)),
+        dict.fromkeys(("stale", "corrected", "fresh"), np.zeros(4, np.float32)),
+    ],
+)
+def test_samples_of_another_shape_or_kind_are_refused(tmp_path, change):
+    (tmp_path / "drift").mkdir()
+    rows = dict.fromkeys(("stale", "corrected", "fresh"), np.zeros((8, 4), np.float32)) | change
+    safetensors.numpy.save_file(rows, tmp_path / "drift" / "5.safetensors")
+    with pytest.raises(UserError, match=r"5\.safetensors is not what a run wrote"):
+        read_samples(tmp_path)
+
+
+def test_samples_of_several_widths_are_refused(tmp_path):
+    (tmp_path / "drift").mkdir()
+    for step in (4, 5):
+        rows = dict.fromkeys(("stale", "corrected", "fresh"), np.zeros((8, step), np.float32))
+        safetensors.numpy.save_file(rows, tmp_path / "drift" / f"{step}.safetensors")
+    with pytest.raises(UserError, match="samples of several widths"):
+        read_samples(tmp_path)

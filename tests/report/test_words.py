@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 
 import numpy as np
 import pytest
 
 from corrector_jax.report.page import write_report
-from corrector_jax.report.words import read_metrics, summary_table
+from corrector_jax.report.words import finite, read_metrics, summary_table
+from corrector_jax.types import UserError
 from tests.report.made_up import METRICS, write
 
 
@@ -114,3 +116,39 @@ def test_the_terminal_table_is_narrow_and_complete(run):
 
 def test_the_terminal_table_takes_what_there_is():
     assert "Recall@20 was not measured" in summary_table({})
+
+
+def test_numbers_that_no_float_holds_are_none(tmp_path):
+    huge = 10**400
+    assert finite({"a": huge}, "a") is None
+    assert finite({"a": 10**300}, "a") == 10**300
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": huge, "x": 1}, {"step": 2, "x": huge}, {"step": 3, "x": 4.5}]
+    lines = [*map(json.dumps, rows), '{"step": Infinity}', "[" * 100_000]
+    path.write_text("\n".join(lines))
+    series, unreadable = read_metrics(path)
+    assert {name: [a.tolist() for a in arrays] for name, arrays in series.items()} == {
+        "x": [[3], [4.5]]
+    }
+    assert unreadable == 3
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("results.json", []),
+        ("results.json", {"eval": {"before": 3}}),
+        ("results.json", {"encoder": "text"}),
+        ("examples.json", {"a": 1}),
+        ("examples.json", [1]),
+        ("profile.json", {"steps": 5}),
+        ("softmax.json", [1]),
+    ],
+)
+def test_a_report_of_files_that_no_run_wrote_says_so(tmp_path, run, monkeypatch, file, content):
+    monkeypatch.setattr("corrector_jax.report.page.figure", lambda *_, **__: "")
+    folder = write(tmp_path, run)
+    (folder / file).write_text(json.dumps(content))
+    with pytest.raises(UserError, match="not as a run writes it") as error:
+        write_report(folder)
+    assert str(folder) in str(error.value)
