@@ -101,7 +101,8 @@ def fuzz(target: Target, folder: Path, *, cases: Iterator[int], seed: int) -> Ou
     given.mkdir()
     target.write(given)
     valid = _contents(given)
-    target.read(given)  # what is not damaged is read
+    with contextlib.redirect_stdout(io.StringIO()):
+        target.read(given)  # what is not damaged is read
     found = Outcome()
     begun = time.monotonic()
     with _limits() as limits, _Opened(folder) as opened:
@@ -329,7 +330,7 @@ def main() -> None:
         + (f" --only={arguments.only}" if arguments.only else ""),
         **totals,
         "seconds": round(sum(outcome.seconds for outcome in found.values()), 1),
-        "peak_rss_mib": _status("VmHWM") >> 20,
+        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
         "targets": {
             name: {
                 key: round(value, 2) if isinstance(value, float) else value

@@ -182,12 +182,12 @@ _FAMILIES = {
 }  # fmt: skip
 
 
-def _clothes(folder: Path, **beside: np.ndarray) -> model_folder.Clothes:
+def _clothes(folder: Path, kind: str) -> model_folder.Clothes:
     place = tiny.write_tokenizer(folder.parent / "tokenizer")
     text = (place / "tokenizer.json").read_text()
     (place / "tokenizer.json").unlink()
     place.rmdir()
-    return model_folder.Clothes({}, frozenset(), beside, text, {}, "[PAD]", "q: ")
+    return model_folder.Clothes({"model_type": kind}, frozenset(), {}, text, {}, "[PAD]", "q: ")
 
 
 def _write_encoder(folder: Path, family: str) -> None:
@@ -196,7 +196,7 @@ def _write_encoder(folder: Path, family: str) -> None:
     shapes = jax.eval_shape(dual.init, jax.random.key(0))
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
     model_folder.write(
-        folder, dual.towers(params), encoder=encoder, clothes=_clothes(folder),
+        folder, dual.towers(params), encoder=encoder, clothes=_clothes(folder, family),
         max_len={"shared": 12}, card="# A card\n",
     )  # fmt: skip
 
@@ -233,7 +233,7 @@ def _write_reader(folder: Path) -> None:
     shapes = jax.eval_shape(Reader(sizes).init, jax.random.key(0))
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
     model_folder.write_reader(
-        folder, params, config=sizes, clothes=_clothes(folder), card="# A card\n"
+        folder, params, config=sizes, clothes=_clothes(folder, "t5"), card="# A card\n"
     )
 
 

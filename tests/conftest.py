@@ -47,7 +47,7 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The workdir of a finished tiny run of the method; who changes it makes a copy.
 
-    One of its targets, t0, is hostile to whoever shows it.
+    One of its targets, t0, is hostile to whoever shows it; its environment held `tiny.SECRETS`.
     """
     from corrector_jax.train import train
     from tests import tiny
@@ -60,7 +60,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     record["text"] += f" {tiny.HOSTILE}"
     corpus.write_text("".join([json.dumps(record) + "\n", *others]))
     config = tiny.config(folder, profile__steps="5:7")
-    train(config, folder / "run", started=time.monotonic())
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in tiny.SECRETS.items():
+            patch.setenv(name, value)
+        train(config, folder / "run", started=time.monotonic())
     return folder / "run"
 
 

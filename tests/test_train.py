@@ -476,3 +476,13 @@ def test_other_words_of_the_configuration_train_too(folder, tmp_path, changes):
     config = tiny.config(folder, eval__bm25=False, train__steps=4, **changes)
     results = run(config, tmp_path / "run")
     assert np.isfinite(results["distribution"]["kl_corrected"])
+
+
+def test_no_secret_of_the_environment_is_in_any_file_of_a_run(finished):
+    """Traces and event files among them, which others write."""
+    files = [path for path in finished.rglob("*") if path.is_file()]
+    assert {"config.json", "results.json", "README.md", "profile.json"} <= {p.name for p in files}
+    for path in files:
+        content = path.read_bytes()
+        for name, value in tiny.SECRETS.items():
+            assert value.encode() not in content, f"{name} is in {path.name}"

@@ -13,6 +13,12 @@ from corrector_jax import config as configs
 
 WORDS = [f"{a}{b}" for a in "bcdfghklmnprst" for b in ("a", "e", "i", "o", "u", "an", "el")]
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'> \x1b[31mred"
+SECRETS = {
+    "HF_TOKEN": "hf_a0secret1token2",
+    "AWS_SECRET_ACCESS_KEY": "a3secret4key5",
+    "GOOGLE_AUTH_TOKEN": "a6secret7token8",
+}
+"""Variables of the environment whose values nobody may write down."""
 TARGETS, TRAIN, HELD_OUT = 67, 40, 12  # prime: nothing divides it
 
 
