@@ -338,6 +338,17 @@ def test_records_that_cannot_be_read_are_said_so(tmp_path):
     assert not Tfds.found_in(path)
 
 
+@pytest.mark.parametrize("corpus", ["../../elsewhere", "/etc", "", None, 5])
+def test_a_corpus_is_beside_its_queries_and_nowhere_else(tmp_path, corpus):
+    published_files.write("msmarco", tmp_path)
+    builders.prepare("msmarco", tmp_path, verify=False)
+    path = tmp_path / "retrieval_queries" / "msmarco"
+    (metadata,) = path.rglob("metadata.json")
+    metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"corpus": corpus}))
+    with pytest.raises(UserError, match=r"msmarco cannot be read \(its corpus is "):
+        Tfds(path)
+
+
 def test_every_file_says_where_it_is_and_is_unique():
     for name, queries in published.QUERIES.items():
         corpus = published.CORPORA[queries.corpus]

@@ -9,13 +9,13 @@ Records are read by random access, without TensorFlow.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from corrector_jax.data.dataset import SPLITS
 from corrector_jax.data.rows import Judged, Query, Rows, Target
 from corrector_jax.paths import AnyPath
-from corrector_jax.types import UserError
+from corrector_jax.types import UserError, shown
 
 _CHUNK = 1024  # records decoded at once
 _FIELDS = {
@@ -36,16 +36,22 @@ class Tfds:
           UserError: one is missing, or holds other data.
         """
         queries = _open(path, "queries")
-        corpus = path.parent.parent / "retrieval_corpus" / str(queries.info.metadata["corpus"])
+        named = (queries.info.metadata or {}).get("corpus")
+        if not isinstance(named, str) or named != PurePath(named).name:
+            raise _unreadable(path, ValueError(f"its corpus is {shown(named)}"))
+        corpus = path.parent.parent / "retrieval_corpus" / named
         self._folders = {"queries": path, "corpus": corpus}
         self._queries, self._corpus = queries, _open(corpus, "corpus")
         self.splits = tuple(split for split in SPLITS if split in queries.info.splits)
-        self.files = tuple(
-            Path(file)
-            for builder, splits in ((self._corpus, ("targets",)), (queries, self.splits))
-            for split in splits
-            for file in builder.info.splits[split].filepaths
-        )
+        try:
+            self.files = tuple(
+                Path(file)
+                for builder, splits in ((self._corpus, ("targets",)), (queries, self.splits))
+                for split in splits
+                for file in builder.info.splits[split].filepaths
+            )
+        except (KeyError, ValueError) as error:  # it says nothing of its records
+            raise _unreadable(path, error) from error
 
     @staticmethod
     def found_in(path: AnyPath) -> bool:
@@ -55,20 +61,22 @@ class Tfds:
     def targets(self, rows: Rows) -> Iterator[Target]:
         """The passages."""
         for where, record in _records(self._corpus, "targets", self._folders["corpus"], rows):
-            yield Target(where, *(str(record[key], "utf-8") for key in ("id", "title", "text")))
+            yield Target(where, *(_text(record[key], where) for key in ("id", "title", "text")))
 
     def queries(self, split: str, rows: Rows) -> Iterator[Query]:
         """The questions of a split."""
         for where, record in _records(self._queries, split, self._folders["queries"], rows):
             positives, negatives, answers = (
-                [str(one, "utf-8") for one in record[key]]
+                [_text(one, where) for one in record[key]]
                 for key in ("positives", "negatives", "answers")
             )
             grades = record["grades"].tolist()
+            if len(grades) != len(positives):
+                raise UserError(f"{where} is damaged: make the data anew with --mode=prepare_data.")
             yield Query(
                 where,
-                str(record["id"], "utf-8"),
-                str(record["text"], "utf-8"),
+                _text(record["id"], where),
+                _text(record["text"], where),
                 tuple(
                     Judged(where, name, grade=grade)
                     for name, grade in zip(positives, grades, strict=True)
@@ -115,12 +123,21 @@ def _records(
             source = source or builder.as_data_source(split)
             size = len(source)
             records = source.__getitems__(list(range(start, min(start + _CHUNK, size))))
-        except (RuntimeError, ValueError) as error:  # a file is missing, cut short or changed
+        except Exception as error:  # a file is missing, cut short or changed: of many kinds
             raise _unreadable(folder, error) from error
         for number, record in enumerate(records, start + 1):
             rows.total += 1
             yield f"{folder}/{split}:{number}", record
         start += _CHUNK
+
+
+def _text(content: bytes, where: str) -> str:
+    try:
+        return str(content, "utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where} holds a text that is not UTF-8: make the data anew with --mode=prepare_data."
+        ) from error
 
 
 def _unreadable(folder: AnyPath, error: Exception) -> UserError:
