@@ -6,6 +6,7 @@ no code of an installed package is run.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -305,7 +306,8 @@ def _modules(folder: Path) -> _Modules:
 def _within(place: Path, folder: Path) -> bool:
     """Whether a place is in a folder or below it, whatever links and names lead to it."""
     try:
-        place.exists()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            place.lstat()
         return place.resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError, ValueError):  # names no file can have, links without an end
         return False

@@ -275,7 +275,7 @@ AGES = np.zeros(N, np.int32)
         safetensors.numpy.save({"embeddings": ROWS}),
         safetensors.numpy.save({"embeddings": ROWS[:, :3], "written_at": AGES}),
         safetensors.numpy.save({"embeddings": ROWS, "written_at": AGES, "more": AGES}),
-        safetensors.numpy.save({"embeddings": ROWS, "written_at": np.float32(0)}),
+        safetensors.numpy.save({"embeddings": ROWS, "written_at": np.zeros((), np.int32)}),
         safetensors.numpy.save({"embeddings": ROWS.astype(np.float64), "written_at": AGES}),
         b"\xff" * 100,
     ],

@@ -499,9 +499,8 @@ def test_a_shard_that_is_a_folder_is_refused(folder, shard):
         weights.find(str(folder))
 
 
-@pytest.mark.parametrize("path", ["1_Pooling\0", "x" * 3000, "loop/x", "/", ".."])
+@pytest.mark.parametrize("path", ["1_Pooling\0", "x" * 3000, "/", ".."])
 def test_a_module_in_no_place_a_folder_has_is_refused(folder, path):
-    (folder / "loop").symlink_to(folder / "loop")
     described = modules("Transformer", "Pooling")
     described[1]["path"] = path
     write(folder / "modules.json", described)

@@ -80,8 +80,8 @@ def made_by_a_run(workdir: AnyPath | str) -> Iterator[None]:
     except _OF_OTHER_VALUES as error:
         what = f"{type(error).__name__}: {' '.join(ascii(str(error)).split())[:160]}"
         raise UserError(
-            f"{workdir} holds a file that is not as a run writes it ({what}): put the run's own "
-            "results.json, and what lies beside it, back."
+            f"{workdir}: not as a run writes it ({what}): put back results.json, and what lies "
+            "beside it, as the run wrote them."
         ) from error
 
 

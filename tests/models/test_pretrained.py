@@ -186,4 +186,4 @@ def test_a_number_of_layers_that_no_model_has_is_refused_at_once(kind):
     """Places are gone over one layer at a time: two thousand millions would fill the memory."""
     key = "num_layers" if kind == "t5" else "num_hidden_layers"
     with pytest.raises(UserError, match=f"2147483648 for {key}"):
-        encoder_config(HF_CONFIG | {"model_type": kind, key: 2**31})
+        encoder_config(HF_CONFIG | {"model_type": kind, "d_model": 8, key: 2**31})
