@@ -480,8 +480,10 @@ def _tokenizer_path(folder: Path, model: Path) -> Path:
 
 def _beside_tokenizer(path: Path) -> dict[str, str]:
     """The content of the files beside a `tokenizer.json`, by name."""
-    files = (path.with_name(name) for name in _BESIDE_TOKENIZER)
-    return {file.name: _text(file) for file in files if file.exists()}
+    files = [file for name in _BESIDE_TOKENIZER if (file := path.with_name(name)).exists()]
+    for file in files:
+        _json(file)  # here rather than hours later, when the trained model is written
+    return {file.name: _text(file) for file in files}
 
 
 def _max_len(model: Path, config: dict[str, Any]) -> int:

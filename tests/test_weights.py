@@ -528,3 +528,12 @@ def test_half_of_a_surrogate_pair_in_a_prompt_is_refused(folder):
     write(folder / "config_sentence_transformers.json", {"prompts": {"query": "\ud800"}})
     with pytest.raises(UserError, match="half of a surrogate pair"):
         weights.find(str(folder))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000])
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_what_lies_beside_a_tokenizer_is_json_before_anything_is_trained(folder, name, content):
+    (folder / name).write_text(content)
+    for find in (weights.find, weights.find_reader):
+        with pytest.raises(UserError, match=name):
+            find(str(folder))
