@@ -97,12 +97,12 @@ def fuzz(target: Target, folder: Path, *, cases: Iterator[int], seed: int) -> Ou
     outside.mkdir()
     (outside / mutations.SECRET).write_text('{"secret": "of somebody else"}')
     (folder / mutations.SECRET).write_text('{"secret": "of somebody else"}')
-    kept = _contents(folder)
     given.mkdir()
     target.write(given)
     valid = _contents(given)
     with contextlib.redirect_stdout(io.StringIO()):
         target.read(given)  # what is not damaged is read
+    kept = _contents(folder, without=("given", "cache"))
     found = Outcome()
     begun = time.monotonic()
     with _limits() as limits, _Opened(folder) as opened:
@@ -162,7 +162,9 @@ class _Opened:
 
     def __init__(self, folder: Path) -> None:
         self._root = str(folder)
-        self._free = tuple(str(folder / name) + os.sep for name in ("given", "cache"))
+        # The last two are what prepared data and tokens are made of.
+        names = ("given", "cache", "source", "tokenizer")
+        self._free = tuple(str(folder / name) + os.sep for name in names)
         self.paths: list[str] = []
 
     def __enter__(self) -> _Opened:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 from ml_collections import ConfigDict
 
@@ -481,8 +481,7 @@ def _refuse_constant(name: str) -> None:
 def _of_a_kind(value: object, default: object) -> bool:
     """Whether a key that has this default may have this value: a float may be a whole number."""
     if isinstance(default, float):
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        return (isinstance(value, float) or whole) and abs(value) < 2**63  # type: ignore[operator]
+        return type(value) in (int, float) and -(2**63) < cast(float, value) < 2**63
     if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
         return False  # half of a surrogate pair
     return type(value) is type(default) and (not isinstance(value, int) or abs(value) < 2**63)

@@ -151,14 +151,14 @@ def done(
         record: dict[str, Any] = paths.read_json(path)
         if not isinstance(record["rows"], int) or not isinstance(record["sha256"], dict):
             raise TypeError("rows")
-        record["encoder"], record["texts_sha256"]
+        made_by, of = record["encoder"], record["texts_sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is not what was written ({type(error).__name__}): remove it, and its shard is "
             "made again"
         ) from error
-    if record["encoder"] != encoder or record["texts_sha256"] != digest:
-        what = "encoder" if record["encoder"] != encoder else "corpus or another shard_rows"
+    if made_by != encoder or of != digest:
+        what = "encoder" if made_by != encoder else "corpus or another shard_rows"
         raise UserError(
             f"{folder} holds the embeddings of another {what}: name another folder with "
             "--config.embed.output"

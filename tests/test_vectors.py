@@ -198,3 +198,11 @@ def test_a_learned_beta_scales_queries_alone(run):
     targets = jax.jit(job.model.encode_targets)(state.params, job.query_tokens["dev"])
     np.testing.assert_allclose(np.linalg.norm(queries, axis=1), np.exp(0.2), rtol=1e-4)
     np.testing.assert_allclose(np.linalg.norm(targets, axis=1), 1, rtol=1e-4)
+
+
+@pytest.mark.parametrize("content", ["", "[" * 100_000, "[]", "{}", '{"rows": "3"}'])
+def test_a_record_that_nobody_wrote_is_named(tmp_path, content):
+    (tmp_path / "00002.json").write_text(content)
+    with pytest.raises(UserError, match=r"00002\.json is not what was written .*: remove it"):
+        vectors.done(tmp_path, 2, {"run": "r"}, "digest")
+    assert vectors.done(tmp_path, 3, {"run": "r"}, "digest") is None

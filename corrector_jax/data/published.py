@@ -186,7 +186,7 @@ _MOST_UNPACKED = 100
 """A file takes at most so many times its archive's bytes; text takes three or four."""
 
 # Beside what archives raise: of an encrypted one, of a packing nobody knows, of damaged packings.
-_DAMAGED = (
+_DAMAGED: tuple[type[Exception], ...] = (
     *(EOFError, OSError, ValueError, RuntimeError, struct.error, zlib.error, lzma.LZMAError),
     *(tarfile.TarError, zipfile.BadZipFile),
 )
