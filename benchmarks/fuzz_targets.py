@@ -128,9 +128,11 @@ def _read_checkpoint(folder: Path) -> None:
         for step in checkpoints.steps():
             with contextlib.suppress(snapshot.DamagedError):
                 list(checkpoints.check(step))
-        checkpoints.resume(
+        found, _, _ = checkpoints.resume(
             _state(), _like("float32"), data="data", made_by=_MADE_BY, say=lambda text: None
         )
+    if not all(jax.tree.leaves(jax.tree.map(np.array_equal, found, _state()))):
+        raise AssertionError("another state than was saved was taken")
 
 
 def _forge_checkpoint(folder: Path) -> None:
