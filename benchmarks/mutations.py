@@ -163,6 +163,8 @@ def _npy(rng: random.Random, content: bytes, outside: Path) -> bytes:
 def _gz(rng: random.Random, content: bytes, outside: Path) -> bytes:
     if rng.random() < 0.1:
         return bomb(rng.choice((0, ord("\n"), ord("["), ord("a"))))
+    if len(content) > 2**17:
+        raise ValueError("a bomb already: not unpacked here")
     inner = gzip.decompress(content)
     inner = text(rng, inner, outside) if rng.random() < 0.5 else rng.choice(_OF_BYTES)(rng, inner)
     return gzip.compress(inner, 1)

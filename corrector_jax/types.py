@@ -36,6 +36,12 @@ def shown(value: object) -> str:
     return _SHORT.repr(value)
 
 
+def brief(error: object, most: int = 120) -> str:
+    """What a library says of somebody's file, for a message: the first of it, in one line."""
+    text = " ".join(str(error).split())[:most]
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 class Asked(NamedTuple):
     """The queries of a batch as a reader reads them, and what it is to answer.
 

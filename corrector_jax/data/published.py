@@ -21,7 +21,7 @@ from typing import IO
 
 from corrector_jax import paths
 from corrector_jax.data.rows import find
-from corrector_jax.types import UserError
+from corrector_jax.types import UserError, brief
 from corrector_jax.writer import say
 
 
@@ -256,7 +256,7 @@ def _download(
             paths.move(fetched, folder / file.name)
             return
     raise UserError(
-        f"{file.name} cannot be downloaded ({_brief(reason)}): {instructions(missing, folder)}."
+        f"{file.name} cannot be downloaded ({brief(reason)}): {instructions(missing, folder)}."
     ) from reason
 
 
@@ -294,7 +294,7 @@ def _unpack(path: Path, file: File, folder: Path) -> None:
                     paths.remove(beside)
     except _DAMAGED as error:
         raise UserError(
-            f"{path} cannot be unpacked ({_brief(error)}): free some of the disk if it is full, or "
+            f"{path} cannot be unpacked ({brief(error)}): free some of the disk if it is full, or "
             "fetch the file again."
         ) from error
     if wanted:
@@ -330,7 +330,3 @@ def _top(members: tuple[str, ...]) -> str:
     """The folder that all members are in, with its slash; '' where there is none."""
     top = members[0].split("/")[0] + "/"
     return top if all(member.startswith(top) for member in members) else ""
-
-
-def _brief(error: BaseException | None) -> str:
-    return " ".join(str(error).split())[:160]

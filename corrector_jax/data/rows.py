@@ -18,7 +18,7 @@ from typing import IO, Any, NamedTuple, Protocol, TypeVar
 
 from corrector_jax.data.dataset import SPLITS, Refused
 from corrector_jax.paths import AnyPath, is_local
-from corrector_jax.types import UserError, shown
+from corrector_jax.types import UserError, brief, shown
 from corrector_jax.writer import say
 
 MAX_ROW = 8 * 2**20
@@ -306,7 +306,7 @@ class Rows:
                 ) from error
             except (pyarrow.ArrowException, ArithmeticError, OSError, ValueError) as error:
                 raise UserError(
-                    f"{path}:{number + 1}: not a whole parquet file ({_brief(error)}): fetch or "
+                    f"{path}:{number + 1}: not a whole parquet file ({brief(error)}): fetch or "
                     "write it again."
                 ) from error
             self._advance(raw.tell())
@@ -530,7 +530,7 @@ def _read(file: IO[bytes], where: str, *, line: bool = False, count: int = MAX_R
         return file.readline(count) if line else file.read(count)
     except _DAMAGED as error:
         raise UserError(
-            f"{where}: the file is damaged or cut short from here on ({_brief(error)}): fetch or "
+            f"{where}: the file is damaged or cut short from here on ({brief(error)}): fetch or "
             "write it again."
         ) from error
 
@@ -565,7 +565,3 @@ def _loads(line: str) -> Any:
         return json.loads(line)
     except (ValueError, RecursionError):
         return None
-
-
-def _brief(error: BaseException) -> str:
-    return " ".join(str(error).split())[:120]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import tokenizers
 
-from corrector_jax.types import UserError
+from corrector_jax.types import UserError, brief
 
 _CHUNK = 1024  # texts tokenized at once: bounds memory, since each keeps its overflow
 _PAD_WORDS = ("[PAD]", "<pad>", "<|pad|>")  # BERT, T5 and RoBERTa, others
@@ -38,7 +38,7 @@ class TextTokenizer:
             # What does not fit together comes up with the first text.
             most = max([*self._tokenizer.encode("a").ids, *self._tokenizer.encode("").ids, 0])
         except Exception as error:  # the library raises nothing more precise
-            what = " ".join(str(error).split())[:160]
+            what = brief(error, 160)
             raise UserError(f"The tokenizer.json is not one ({what}): give a valid one.") from error
         self.fingerprint = hashlib.sha256(content).hexdigest()
         padding = self._tokenizer.padding

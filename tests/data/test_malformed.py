@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from corrector_jax.data import rows, sources
 from corrector_jax.data.dataset import RetrievalData
 from corrector_jax.data.rows import Rows
-from corrector_jax.types import UserError
+from corrector_jax.types import UserError, brief
 from tests.data import written
 
 Edit = Callable[[bytes], bytes]
@@ -493,7 +493,7 @@ def test_a_parquet_of_values_that_python_has_not_is_one_sentence(tmp_path: Path)
     import pyarrow
     import pyarrow.parquet
 
-    times = pyarrow.array([2**62], pyarrow.int64()).cast(pyarrow.timestamp("s"), safe=False)
+    times = pyarrow.array([2**62], pyarrow.int64()).cast(pyarrow.timestamp("us"), safe=False)
     table = pyarrow.table({"anchor": ["q"], "positive": ["p"], "asked": times})
     pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
     with pytest.raises(UserError) as caught:
@@ -508,7 +508,7 @@ def test_what_is_said_of_a_long_value_is_short(tmp_path: Path):
         file.write(f"{long}\tt1\t1\n")
     with pytest.raises(UserError) as caught:
         load(folder)
-    one_sentence(caught.value, r"dev\.tsv:\d+", "xxx...xxx' is not in queries.jsonl")
+    one_sentence(caught.value, r"dev\.tsv:\d+", "xxx' is not in queries.jsonl")
 
 
 def test_a_bomb_is_refused_at_its_first_line_and_not_unpacked(tmp_path: Path, monkeypatch):
@@ -526,3 +526,9 @@ def test_a_bomb_is_refused_at_its_first_line_and_not_unpacked(tmp_path: Path, mo
     with pytest.raises(UserError, match=r"corpus\.jsonl\.gz:1: the line is longer than 8 MiB"):
         load(folder)
     assert sum(asked) < 3 * rows.MAX_ROW
+
+
+def test_what_a_library_says_is_one_printable_line():
+    assert brief(ValueError("no such\n type: \x0b\x00\x1b[31m" + "x" * 500), 30) == (
+        "no such type: ??[31m" + "x" * 10
+    )

@@ -15,7 +15,7 @@ from typing import Any
 from corrector_jax.data.dataset import SPLITS
 from corrector_jax.data.rows import Judged, Query, Rows, Target
 from corrector_jax.paths import AnyPath
-from corrector_jax.types import UserError, shown
+from corrector_jax.types import UserError, brief, shown
 
 _CHUNK = 1024  # records decoded at once
 _FIELDS = {
@@ -142,6 +142,6 @@ def _text(content: bytes, where: str) -> str:
 
 def _unreadable(folder: AnyPath, error: Exception) -> UserError:
     return UserError(
-        f"{folder} cannot be read ({' '.join(str(error).split())[:160]}): remove it and make it "
+        f"{folder} cannot be read ({brief(error, 160)}): remove it and make it "
         "again with --mode=prepare_data."
     )
