@@ -39,6 +39,7 @@ EXTRAS = {
         "transformers==5.23.0",
     ],
     "dev": [
+        "furo>=2025.12.19",
         "gcp-storage-emulator>=2026.7.19",
         "gcsfs>=2026.9",
         "hypothesis>=6.150",
