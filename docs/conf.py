@@ -22,7 +22,7 @@ extensions = [
     "sphinx.ext.viewcode",  # the source beside every function
 ]
 root_doc = "docs/index"
-include_patterns = ["*.md", "docs/**/*.md", "launch/README.md"]
+include_patterns = ["*.md", "docs/*.md", "docs/api/*.md", "launch/README.md"]
 exclude_patterns = [".*", "build", "runs"]
 
 html_theme = "furo"
@@ -43,20 +43,39 @@ autodoc_typehints_format = "short"
 autodoc_default_options = {"members": True, "show-inheritance": False}
 
 
-def _plain(
-    _app: Sphinx, _what: str, _name: str, _obj: Any, _options: Any, lines: list[str]
-) -> None:
-    """Docstrings are plain text: |x| and y_i are mathematics, not marks of reStructuredText."""
-    for number, line in enumerate(lines):
-        if line.lstrip().startswith((">>>", "...")):
-            continue
-        parts = re.split(r"(``[^`]*``|`[^`]*`)", line)
-        parts[::2] = [re.sub(r"([|*])|_(?=[\s,.;:)\]|]|$)", _escaped, part) for part in parts[::2]]
-        lines[number] = "".join(parts)
+def _plain(_app: Sphinx, what: str, _name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
+    """Docstrings are plain text: |x| and y_i are mathematics, not marks of reStructuredText.
+
+    What a module's own docstring indents is a table or a command, and stays as it is typed.
+    """
+    made: list[str] = []
+    literal = False
+    for line in lines:
+        indented = line.startswith("  ") and not line.lstrip().startswith("* ")
+        if what == "module" and indented and not literal and not _in_list(made):
+            made += ["", "::", ""]
+            literal = True
+        elif line and not line.startswith(" "):
+            if literal:
+                made.append("")
+            literal = False
+        made.append(line if literal or line.lstrip().startswith((">>>", "...")) else _escape(line))
+    lines[:] = made
 
 
-def _escaped(found: re.Match[str]) -> str:
-    return "\\" + found.group()
+def _in_list(lines: list[str]) -> bool:
+    """Whether the paragraph that ends here is an entry of a list."""
+    for line in reversed(lines):
+        if not line or line.lstrip().startswith("* "):
+            return bool(line)
+    return False
+
+
+def _escape(line: str) -> str:
+    bullet = "".join(re.findall(r"^ *\* ", line))
+    parts = re.split(r"(``[^`]*``|`[^`]*`)", line.removeprefix(bullet))
+    parts[::2] = [re.sub(r"[|*]|_(?=[\s,.;:)\]|]|$)", r"\\\g<0>", part) for part in parts[::2]]
+    return bullet + "".join(parts)
 
 
 def _skip(_app: Sphinx, _what: str, _name: str, obj: Any, skip: bool, _options: Any) -> bool:
