@@ -253,7 +253,7 @@ def test_without_what_docs_machines_calls_dispensable_the_package_imports_and_sa
     code = WITHOUT.replace("{apart}", repr(["corrector_jax.data.builders"]))
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "scann" in done.stdout  # the reason
