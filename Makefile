@@ -62,6 +62,7 @@ slow: setup ## The tests marked slow
 	$(BIN)/pytest -m slow
 
 docs: setup ## The site, into build/docs; a link that leads nowhere is an error
+	rm -rf build/docs
 	$(BIN)/sphinx-build -W --keep-going --quiet --conf-dir docs . build/docs
 	@echo "build/docs/index.html"
 
