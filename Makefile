@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test parity slow format lock clean
+.PHONY: help setup quickstart test parity slow docs notebooks format lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9.%-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -60,6 +60,14 @@ parity: $(PARITY)/.installed ## Encoders and reader against torch's, in .venv-pa
 
 slow: setup ## The tests marked slow
 	$(BIN)/pytest -m slow
+
+docs: setup ## The site, into build/docs; a link that leads nowhere is an error
+	rm -rf build/docs
+	$(BIN)/sphinx-build -W --keep-going --quiet --conf-dir docs . build/docs
+	@echo "build/docs/index.html"
+
+notebooks: setup ## Every notebook from a clean kernel, in small
+	CORRECTOR_SMALL=1 $(BIN)/jupyter-execute --timeout=900 notebooks/*.ipynb
 
 format: setup ## Rewrite the code as ruff wants it
 	$(BIN)/ruff check --fix .

@@ -100,7 +100,7 @@ def cost(text: str, scopes: Iterable[str] = ()) -> Cost:
 
     Args:
       text: `compiled.as_text()`.
-      scopes: names of functions or of `jax.named_scope`s, each a part of the paths that operations
+      scopes: names of functions or of a `jax.named_scope`, each a part of the paths that operations
         carry; a gradient belongs to the scope of what it is the gradient of.
 
     Returns:

@@ -127,6 +127,7 @@ def marginal(
     With P(y_k) = softmax_k(s_k / tau_r):
       "token":     -(1/T) sum_t log sum_k P(y_k) P(o_t given o_<t, x, y_k)
       "sequence":  -log sum_k P(y_k) prod_t P(o_t given o_<t, x, y_k)
+
     The two can differ in the sign of a passage's gradient.
 
     Args:

@@ -6,11 +6,15 @@ under it too.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,6 +38,49 @@ def _eight_devices() -> None:
     import jax
 
     assert jax.device_count() == DEVICES, f"tests need {DEVICES} devices, jax has {jax.devices()}"
+
+
+SHAPING = [
+    *("seed", "strategy", "model", "train", "reader"),
+    *("corrector", "negatives", "loss", "cache"),
+]
+"""What `program.make_program` reads of a configuration, but for refresh.rows."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _runs_alike_compile_once() -> Iterator[None]:
+    """Jobs of one shape share a program, and equal steps of equal parts one jitted function.
+
+    Tracing and lowering what the run before has traced is most of a tiny run's time.
+    """
+    from corrector_jax import job, sharding
+
+    programs: dict[object, Any] = {}
+    jitted: dict[object, Any] = {}
+    make_program, jit_step = job.make_program, sharding.Placement.jit_step
+
+    def made_once(config: Any, *parts: Any) -> Any:
+        shaping = [config[key] for key in SHAPING]
+        shaping = [each.to_json() if hasattr(each, "to_json") else each for each in shaping]
+        key = (*shaping, config.refresh.rows, *parts)
+        if key not in programs:
+            programs[key] = make_program(config, *parts)
+        return dataclasses.replace(programs[key], config=config)
+
+    def jitted_once(place: Any, step: Callable[..., Any], out: Any, donate: Any = ()) -> Any:
+        import jax
+
+        leaves, tree = jax.tree.flatten(out)
+        bound = step if isinstance(step, functools.partial) else functools.partial(step)
+        key = (bound.func, bound.args, *sorted(bound.keywords.items()), *leaves, tree, donate)
+        if key not in jitted:
+            jitted[key] = jit_step(place, step, out, donate)
+        return jitted[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "make_program", made_once)
+        patch.setattr(sharding.Placement, "jit_step", jitted_once)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -105,10 +105,22 @@ def alone(folder) -> Path:
     return workdir
 
 
-def test_two_processes_then_one_then_four_end_as_one_would(folder, alone):
+# (processes, fsdp, the step after which it is told to stop, which of them is told)
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param([(2, 4, 6, 1), (1, 1, 12, None)], id="two-one"),
+        pytest.param(
+            [(2, 4, 2, 1), (1, 1, 6, 0), (4, 1, 12, None)],
+            id="two-one-four",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_with_other_processes_on_the_way_a_run_ends_as_one_would(folder, alone, parts):
     """Told to stop in between, by a signal to one process; the first two share the parameters."""
-    workdir = folder / "changing"
-    for processes, fsdp, step, told in ((2, 4, 2, 1), (1, 1, 6, 0), (4, 1, 12, None)):
+    workdir = folder / f"changing-{len(parts)}"
+    for processes, fsdp, step, told in parts:
         job = start(folder, workdir, processes, f"--config.mesh.fsdp={fsdp}")
         if told is not None:
             wait_for_step(workdir, step, job)

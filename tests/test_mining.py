@@ -266,7 +266,8 @@ def saved(config, workdir: Path) -> dict[str, bytes]:
     return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
 
 
-@pytest.mark.parametrize("name", ["mined", pytest.param("mix", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mined", "mix"])
 def test_runs_with_mined_negatives_resume_to_the_same_bytes(folder, negatives, name, monkeypatch):
     config = config_of(folder, negatives__path=str(negatives), **RUNS[name])
     drawn, mined = (3, 3) if name == "mined" else (4, 2)

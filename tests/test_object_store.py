@@ -78,6 +78,7 @@ def command(store, *arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_on_an_object_store_is_the_run_on_a_disk(tmp_path, store):
     config, workdir = faults.write_config(tmp_path), "gs://bucket/runs/mine"
     keys = ("--config.train.steps=6", "--config.log.tensorboard=True")

@@ -51,7 +51,10 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("published")
 
 
-@pytest.mark.parametrize("name", NAMES)
+# The corpus of triviaqa is that of nq, its queries are read as they are.
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "triviaqa" else n for n in NAMES]
+)
 def test_prepare_then_train_twenty_steps(folder, name, capsys):
     config = config_of(name, folder, data__cache_dir=str(folder / "cache" / name))
     with pytest.raises(UserError, match=f"{name} is not in .* yet: .* --mode=prepare_data first"):
