@@ -24,6 +24,9 @@ from corrector_jax.writer import say
 MAX_ROW = 8 * 2**20
 """Bytes of the longest row: a longer one is a missing line break, and memory stays bounded."""
 
+MAX_BLANK = 2**16
+"""Blank lines one after the other: more of them are no text but a small file that unpacks to gigabytes."""
+
 WINDOW = 2**16
 """Bytes of a JSON array read at once, or more where an item is longer."""
 
@@ -156,10 +159,11 @@ class Rows:
         """('file:line', content) of every line that is not blank.
 
         Raises:
-          UserError: the file cannot be read to its end, or a line is no UTF-8 or too long.
+          UserError: the file cannot be read to its end, a line is no UTF-8 or too long, or blank
+            lines go on and on.
         """
         with _opened(path) as (file, raw):
-            at = number = 0
+            at = number = blank = 0
             while True:
                 number += 1
                 where = f"{path}:{number}"
@@ -183,7 +187,15 @@ class Rows:
                         content = _read(file, where, line=True)
                 elif line.strip():
                     self.total += 1
+                    blank = 0
                     yield where, line.rstrip("\r\n")
+                else:
+                    blank += 1
+                    if blank > MAX_BLANK:
+                        raise UserError(
+                            f"{where}: {MAX_BLANK:,} blank lines stand before this one: fetch or "
+                            "write the file again."
+                        )
                 if number % 4096 == 0:
                     at, before = raw.tell(), at
                     self._advance(at - before)

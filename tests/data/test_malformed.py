@@ -528,6 +528,18 @@ def test_a_bomb_is_refused_at_its_first_line_and_not_unpacked(tmp_path: Path, mo
     assert sum(asked) < 3 * rows.MAX_ROW
 
 
+@pytest.mark.parametrize("name", ["corpus.jsonl.gz", "qrels/dev.tsv"])
+def test_blank_lines_do_not_go_on_for_ever(tmp_path: Path, name):
+    folder = written.beir(tmp_path / "tiny")
+    plain = folder / name.removesuffix(".gz")
+    content = plain.read_bytes() + b"\n" * (rows.MAX_BLANK + 1)
+    plain.unlink()
+    (folder / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    line = content.count(b"\n")
+    with pytest.raises(UserError, match=rf"{name}:{line}: 65,536 blank lines stand before this"):
+        load(folder)
+
+
 def test_what_a_library_says_is_one_printable_line():
     assert brief(ValueError("no such\n type: \x0b\x00\x1b[31m" + "x" * 500), 30) == (
         "no such type: ??[31m" + "x" * 10
