@@ -50,11 +50,13 @@ import time
 
 _STARTED = time.monotonic()  # ahead of the imports below, which a user waits for too
 
+import atexit  # noqa: E402
 import difflib  # noqa: E402
 import errno  # noqa: E402
 import inspect  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
+import signal  # noqa: E402
 import traceback  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -64,7 +66,7 @@ from ml_collections import ConfigDict, config_flags  # noqa: E402
 from corrector_jax import chips, distributed, paths  # noqa: E402
 from corrector_jax import config as configs  # noqa: E402
 from corrector_jax.paths import AnyPath  # noqa: E402
-from corrector_jax.preemption import EXIT_CODE, PreemptedError  # noqa: E402
+from corrector_jax.preemption import EXIT_CODE, SIGNALS, PreemptedError  # noqa: E402
 from corrector_jax.types import UserError  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
@@ -190,6 +192,14 @@ def _train() -> None:
     from corrector_jax.train import train
 
     train(*_config_and_workdir(), started=_STARTED)
+    # Everything is written. A signal while the interpreter ends, which takes a moment with JAX in
+    # it, would make a run that is done look killed, and a scheduler start it again.
+    atexit.register(_be_deaf)
+
+
+def _be_deaf() -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _prepare_data() -> None:

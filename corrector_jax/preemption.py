@@ -19,7 +19,9 @@ EXIT_CODE = 75
 
 POLL_SECONDS = 5.0
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+"""What asks a run to stop."""
+
 _METADATA = "metadata.google.internal"
 _NOTICES = (("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE"), ("preempted", "TRUE"))
 
@@ -85,7 +87,7 @@ class Preemption:
         read_end, write_end = os.pipe()
         os.set_blocking(write_end, False)
         descriptor = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-        handlers = {number: signal.signal(number, _nothing) for number in _SIGNALS}
+        handlers = {number: signal.signal(number, _nothing) for number in SIGNALS}
 
         def restore() -> None:
             for number, handler in handlers.items():
@@ -100,7 +102,7 @@ class Preemption:
         signals = 0
         with os.fdopen(read_end, "rb", buffering=0) as pipe:
             while number := pipe.read(1):
-                if number[0] not in _SIGNALS:
+                if number[0] not in SIGNALS:
                     continue
                 signals += 1  # a notice is none: the signal that follows it is the first
                 if signals > 1:

@@ -87,6 +87,19 @@ def test_compiled_programs_are_kept(tmp_path):
         assert done.stdout.strip() == str(where), done.stderr
 
 
+def test_a_signal_after_the_end_changes_nothing(tmp_path):
+    """The first thing done at exit is what was registered last: the signal comes after it."""
+    code = (
+        "import atexit, os, signal, sys; from corrector_jax import main, train\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))\n"
+        "train.train = lambda *_, **__: None\n"
+        f"sys.argv = ['main', '{QUICKSTART}', '--workdir={tmp_path}']\n"
+        "main.cli()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 def test_modes_on_a_finished_run_take_its_configuration(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for mode in ("export", "embed", "search", "serve"):
