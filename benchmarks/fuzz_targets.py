@@ -470,7 +470,7 @@ TARGETS = {
         *map(_layout, written.ALL),
         *(_layout(name, ".gz", 4) for name in ("beir", "dpr", "msmarco")),
         *(_layout(name, ".zst", 4) for name in ("fid", "tevatron")),
-        *map(_skipping, ("beir", "msmarco", "tevatron", "text_files")),
+        *map(_skipping, ("beir", "msmarco", "dpr_with_corpus", "text_files")),
         Target("data/tfds", _write_tfds, _read_tfds, 4),
         Target("data/prepared", _write_prepared, _read_prepared, 15),
         Target("data/unfinished", _write_unfinished, _read_prepared, 6),

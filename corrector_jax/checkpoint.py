@@ -31,7 +31,7 @@ from corrector_jax import digest, distributed, paths, snapshot
 from corrector_jax.cache import TargetCache
 from corrector_jax.paths import AnyPath
 from corrector_jax.snapshot import DamagedError
-from corrector_jax.types import PyTree, UserError
+from corrector_jax.types import PyTree, UserError, brief
 
 FORMAT = 1
 
@@ -118,9 +118,15 @@ class Checkpoints:
             "state": ocp.PyTreeCheckpointHandler(use_compression=False),
             "position": ocp.JsonCheckpointHandler(),
         }
-        self._manager = ocp.CheckpointManager(
-            str(self._folder), options=options, item_handlers=handlers
-        )
+        try:
+            self._manager = ocp.CheckpointManager(
+                str(self._folder), options=options, item_handlers=handlers
+            )
+        except (TypeError, ValueError) as error:  # Orbax reads this file of every checkpoint here
+            raise UserError(
+                f"{self._folder}/*/_CHECKPOINT_METADATA: one of them is not what was saved "
+                f"({brief(error)}): remove it, the rest of its checkpoint is read without"
+            ) from error
 
     @classmethod
     def writable(
@@ -255,7 +261,7 @@ class Checkpoints:
                 raise TypeError("leaves")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DamagedError(
-                f"{self._folder / str(step)}: its position is not what was saved ({error})"
+                f"{self._folder / str(step)}: its position is not what was saved ({brief(error)})"
             ) from error
         return position, leaves
 

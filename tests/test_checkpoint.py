@@ -353,10 +353,20 @@ def test_a_workdir_on_another_kind_of_store_is_refused():
 )
 def test_a_position_that_its_digest_fits_and_no_run_wrote_is_damage(tmp_path, change):
     save(tmp_path, [3])
-    (path,) = tmp_path.glob("checkpoints/3/position/*")
+    (path,) = tmp_path.glob("checkpoints/3/position/metadata")
     content = json.loads(path.read_text())
     change(content)
     content.pop("sha256")
     path.write_text(json.dumps(content | {"sha256": module._sha256(content)}))
     with pytest.raises(UserError, match="its position is not what was saved"):
         resume(tmp_path)
+
+
+def test_metadata_of_another_kind_is_named_and_can_go(tmp_path):
+    save(tmp_path, [3])
+    (path,) = tmp_path.glob("checkpoints/3/_CHECKPOINT_METADATA")
+    path.write_text('"of somebody else"')
+    with pytest.raises(UserError, match="_CHECKPOINT_METADATA: one of them is not what was saved"):
+        resume(tmp_path)
+    path.unlink()
+    resume(tmp_path)

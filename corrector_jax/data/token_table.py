@@ -106,7 +106,7 @@ def _opened(path: Path) -> np.ndarray:
     """An array on the disk; of a .npy file alone, never of an archive or of objects."""
     try:
         return np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, OverflowError, EOFError) as error:
+    except Exception as error:  # its header is parsed as Python, with all that Python may raise
         raise damaged(path) from error
 
 
