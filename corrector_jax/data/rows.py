@@ -25,7 +25,7 @@ MAX_ROW = 8 * 2**20
 """Bytes of the longest row: a longer one is a missing line break, and memory stays bounded."""
 
 MAX_BLANK = 2**16
-"""Blank lines one after the other: more of them are no text but a small file that unpacks to gigabytes."""
+"""Blank lines in a row: more of them are no text but a small file that unpacks to gigabytes."""
 
 WINDOW = 2**16
 """Bytes of a JSON array read at once, or more where an item is longer."""
