@@ -143,7 +143,7 @@ def _safetensors(rng: random.Random, content: bytes, outside: Path) -> bytes:
     length = int.from_bytes(content[:8], "little")
     if rng.random() < 0.2:
         huge = rng.choice((0, 1, length - 1, length + 1, 2**31, 2**40, 2**63, 2**64 - 1))
-        return huge.to_bytes(8, "little") + content[8:]
+        return (huge % 2**64).to_bytes(8, "little") + content[8:]
     header = _json(rng, content[8 : 8 + length], outside)
     return len(header).to_bytes(8, "little") + header + content[8 + length :]
 
