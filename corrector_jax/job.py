@@ -465,6 +465,13 @@ def load_encoder(config: ConfigDict) -> tuple[Tokenization, Encoder, PyTree, Ori
                 f"config.data.{side}_max_len is {length} but the encoder reads at most "
                 f"{family.max_positions} tokens: write {family.max_positions} or less"
             )
+        if length <= tokenizer.special:
+            given = data[f"{side}_max_len"]
+            whose = f"config.data.{side}_max_len" if given else f"the length of {model.weights}"
+            raise UserError(
+                f"{whose} is {length} tokens, which hold no text beside {tokenizer.special} "
+                f"special ones: write a larger config.data.{side}_max_len"
+            )
     for side, written in (("query", data.query_prefix), ("target", data.target_prefix)):
         if not written and prefixes[side]:
             say(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -92,6 +94,13 @@ def test_what_is_written_decides(tmp_path, published, capsys, written, used):
     assert params["projection"].keys() == {"kernel"}
     assert params["projection"]["kernel"].shape == (8, 5)
     assert "is read after" not in capsys.readouterr().out
+
+
+def test_published_lengths_without_room_are_refused(tmp_path, published):
+    folder = shutil.copytree(published, tmp_path / "model")
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 2}')
+    with pytest.raises(UserError, match=f"the length of {folder} is 2 tokens, which hold no text"):
+        load_encoder(config_of(tmp_path, folder, data__query_max_len=0))
 
 
 def test_a_text_longer_than_the_positions_is_refused(tmp_path, published):

@@ -21,6 +21,7 @@ class TextTokenizer:
     Attributes:
       vocab_size: one more than the largest id.
       pad_id: the id that fills rows up.
+      special: how many tokens it puts around a text.
       fingerprint: sha256, in hex, of the tokenizer.json.
     """
 
@@ -49,6 +50,7 @@ class TextTokenizer:
             )
         self.pad_id: int = padding["pad_id"] if padding else vocabulary[words[0]]
         self._tokenizer.no_padding()
+        self.special: int = self._tokenizer.num_special_tokens_to_add(is_pair=False)
         if max(self.pad_id, most) >= self.vocab_size:
             raise UserError(
                 f"The tokenizer.json writes the token {max(self.pad_id, most)} and has "
@@ -69,10 +71,9 @@ class TextTokenizer:
         Raises:
           UserError: T leaves no room beside the special tokens.
         """
-        special = self._tokenizer.num_special_tokens_to_add(is_pair=False)
-        if max_len <= special:
+        if max_len <= self.special:
             raise UserError(
-                f"A length of {max_len} tokens holds no text beside {special} special tokens: "
+                f"A length of {max_len} tokens holds no text beside {self.special} special tokens: "
                 "write a larger one."
             )
         self._tokenizer.enable_truncation(max_len)
