@@ -13,24 +13,20 @@ from pathlib import Path
 
 import numpy as np
 
-from corrector_jax import paths, ranking
+from corrector_jax import paths
 from corrector_jax.data import dataset, sources
-from corrector_jax.data.dataset import RetrievalData, Split
+from corrector_jax.data.dataset import RetrievalData
 from corrector_jax.report.words import read_json
 from corrector_jax.types import UserError
 
-MINED = 20
-"""Hard negatives of a query, where they are mined."""
 
-
-def write(source: str, folder: Path, *, targets: int = 0, mined: bool = False) -> Path:
+def write(source: str, folder: Path, *, targets: int = 0) -> Path:
     """Writes train and dev of a data set; a folder that is complete is left as it is.
 
     Args:
       source: in any layout of docs/data.md.
       folder: where to.
       targets: how many to keep, all those that dev judges among them; 0 = all.
-      mined: whether train queries of data without hard negatives get BM25's first results as such.
 
     Returns:
       The folder.
@@ -39,7 +35,7 @@ def write(source: str, folder: Path, *, targets: int = 0, mined: bool = False) -
       UserError: the data has no train or dev split, dev judges more targets than are kept, or the
         folder holds other data.
     """
-    made_from = {"source": str(paths.make(source)), "targets": targets, "mined": mined}
+    made_from = {"source": str(paths.make(source)), "targets": targets}
     complete = folder / "made_from.json"
     if (before := read_json(complete)) is not None:
         if before != made_from:
@@ -54,9 +50,6 @@ def write(source: str, folder: Path, *, targets: int = 0, mined: bool = False) -
     data = dataclasses.replace(data, splits={name: data.splits[name] for name in ("train", "dev")})
     if 0 < targets < len(data.target_ids):
         data = dataset.keep_targets(data, chosen(data, targets))
-    train = data.splits["train"]
-    if mined and not any(map(len, train.negatives)):
-        data.splits["train"] = train._replace(negatives=mine(data.target_texts, train))
     texts = zip(data.target_ids, data.target_texts, strict=True)
     corpus = [json.dumps({"_id": name, "text": text}) for name, text in texts]
     queries = [
@@ -82,13 +75,10 @@ def chosen(data: RetrievalData, count: int) -> np.ndarray:
     return np.sort(np.lexsort((hashes, ~judged))[:count])
 
 
-def mine(target_texts: list[str], split: Split) -> list[np.ndarray]:
-    """BM25's first results for each query, without its known positives."""
-    found = ranking.bm25(target_texts, split.texts, 2 * MINED).rows
-    return [
-        rows[(rows >= 0) & ~np.isin(rows, known)][:MINED]
-        for rows, known in zip(found, split.positives, strict=True)
-    ]
+def has_negatives(folder: Path) -> bool:
+    """Whether the training queries of data that was written have hard negatives."""
+    with (folder / "qrels" / "train.tsv").open() as file:
+        return any(line.endswith("\t0\n") for line in file)
 
 
 def judgements(data: RetrievalData, name: str) -> str:

@@ -26,11 +26,14 @@ CELLS: dict[str, dict[str, Any]] = {
     "refreshed-25": {"strategy": "refreshed", "refresh.every": 25},
     "refreshed-100": {"strategy": "refreshed", "refresh.every": 100},
     "refreshed-500": {"strategy": "refreshed", "refresh.every": 500},
-    "oracle": {"strategy": "oracle"},  # for 2,000 targets or less
+    "oracle": {"strategy": "oracle"},  # for `ORACLE` targets or less
     "streaming": {"strategy": "streaming"},
     "rolling": {"strategy": "rolling", "refresh.rows": 128},
 }
 """Name -> what differs from the grid's setting."""
+
+ORACLE = 2000
+"""Targets that may all be embedded at every step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,5 +118,5 @@ def settings_of(config: ConfigDict) -> dict[str, Any]:
     return {
         key: value
         for key, value in configs.flat(config)
-        if value != default[key] and key not in ("data.path", "data.cache_dir")
+        if value != default[key] and key not in ("data.path", "data.cache_dir", "negatives.path")
     }

@@ -42,7 +42,7 @@ import jax
 from ml_collections import ConfigDict
 
 from benchmarks import comparison, grid_data
-from benchmarks.grids import CELLS, GRIDS, Grid, config_of, settings_of
+from benchmarks.grids import CELLS, GRIDS, ORACLE, Grid, config_of, settings_of
 from corrector_jax import config as configs
 from corrector_jax import paths
 from corrector_jax.preemption import EXIT_CODE
@@ -54,6 +54,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 SERIES = ("probe/kl_stale", "probe/kl_corrected", "probe/drift", "probe/gate", "train/kl_estimate")
 PER_QUERY = ("mrr@10", "recall@20")
+MINED = 20
+"""Negatives of a query, where they are mined."""
+
 HEAVY = ("checkpoints", "cache", "final")
 """What a finished run does not need any more."""
 
@@ -133,30 +136,55 @@ def plan(
     ]
 
 
-def run(cell: Cell, data: Path, cache_dir: str) -> int:
+def command(keys: Mapping[str, Any], workdir: Path, *flags: str) -> list[str]:
+    """What a user would write: keys of the configuration that are not its defaults."""
+    config = ROOT / "corrector_jax" / "config.py"
+    written = [f"--config.{key}={value}" for key, value in keys.items()]
+    main = [sys.executable, "-m", "corrector_jax.main", f"--config={config}"]
+    return [*main, f"--workdir={workdir}", *written, *flags]
+
+
+def mined(data: Mapping[str, str]) -> dict[str, str]:
+    """The key that names negatives of the training queries, where the data bring none: BM25's.
+
+    Args:
+      data: keys that say where the data are; `data.path` is a folder of `grid_data`.
+
+    Returns:
+      {"negatives.path": a TREC file beside the data, which is made once}, or nothing.
+
+    Raises:
+      UserError: mining failed.
+    """
+    folder = Path(data["data.path"])
+    if grid_data.has_negatives(folder):
+        return {}
+    path = folder.with_name("negatives.trec")
+    if not path.exists():
+        flags = ("--mode=mine", f"--config.mine.output={path}", f"--config.mine.keep={MINED}")
+        if code := subprocess.run(command(data, path.parent, *flags), cwd=ROOT).returncode:
+            raise UserError(f"--mode=mine ended with exit {code}: it said why")
+    return {"negatives.path": str(path)}
+
+
+def run(cell: Cell, data: Mapping[str, str]) -> int:
     """Trains one cell in a process of its own, which is told what this one is told.
 
     Args:
       cell: the run.
-      data: the data set.
-      cache_dir: of tokens; empty = the configuration's.
+      data: keys that say where the data are.
 
     Returns:
       The exit code.
     """
-    config = ROOT / "corrector_jax" / "config.py"
-    command = [sys.executable, "-m", "corrector_jax.main", f"--config={config}"]
-    keys = settings_of(cell.config) | {"data.path": str(data)}
-    if cache_dir:
-        keys["data.cache_dir"] = cache_dir
-    command += [f"--config.{key}={value}" for key, value in keys.items()]
+    keys = settings_of(cell.config) | data
     cell.workdir.mkdir(parents=True, exist_ok=True)
     # A run may outlive a benchmark that was killed: wait for it, then go on from what it left.
     with filelock.FileLock(cell.workdir / "lock.held"):
         pass
     with (cell.workdir / "log.txt").open("ab") as log:
         process = subprocess.Popen(
-            [*command, f"--workdir={cell.workdir}"],
+            command(keys, cell.workdir),
             cwd=ROOT,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -237,11 +265,13 @@ def run_all(
         if cell.is_done:
             print(f"{named}: done before", flush=True)
             continue
-        mined = configs.STRATEGIES[cell.config.strategy].proposals == ("mined",)
-        data = folder / ("data-mined" if mined else "data")
-        grid_data.write(source, data, targets=targets, mined=mined)
+        data = {"data.path": str(grid_data.write(source, folder / "data", targets=targets))}
+        if cache_dir:
+            data["data.cache_dir"] = cache_dir
+        if configs.STRATEGIES[cell.config.strategy].proposals == ("mined",):
+            data |= mined(data)
         print(f"{named}: {cell.state()}, running", flush=True)
-        code = run(cell, data, cache_dir)
+        code = run(cell, data)
         if code == EXIT_CODE:
             print("stopped: run the same command to go on", file=sys.stderr)
             return code
@@ -249,7 +279,7 @@ def run_all(
             failed += 1
             print(f"{named}: exit {code}, see {cell.workdir / 'log.txt'}", file=sys.stderr)
             continue
-        found = record(cell, data)
+        found = record(cell, folder / "data")
         paths.write(cell.path, json.dumps(found, separators=(",", ":")) + "\n")
         if not keep:
             for name in HEAVY:
@@ -310,6 +340,11 @@ def compare(arguments: argparse.Namespace, changes: Mapping[str, Any]) -> int:
         grid = dataclasses.replace(grid, seeds=tuple(map(int, arguments.seeds.split(","))))
     if arguments.targets is not None:
         grid = dataclasses.replace(grid, targets=arguments.targets)
+    if "oracle" in grid.cells and not 0 < grid.targets <= ORACLE:
+        raise UserError(
+            f"oracle embeds every target at every step: write --targets={ORACLE} or less, or a "
+            "refreshed cell in its place"
+        )
     name = arguments.name or arguments.grid
     changes = dict(changes)
     cache_dir = str(changes.pop("data.cache_dir", ""))

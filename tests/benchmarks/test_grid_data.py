@@ -49,27 +49,17 @@ def test_a_smaller_cut_lies_inside_a_larger_one(tmp_path: Path):
     assert found[0] < found[1]
 
 
-def test_mined_negatives_are_no_positives_and_share_words(tmp_path: Path):
-    tiny.write_data(tmp_path / "whole")
-    written = grid_data.write(str(tmp_path / "whole"), tmp_path / "data", mined=True)
-    data = load(written, tmp_path / "cache")
-    train = data.splits["train"]
-    assert sum(map(len, train.negatives)) > len(train.texts)
-    for text, rows, known in zip(train.texts, train.negatives, train.positives, strict=True):
-        assert not set(rows.tolist()) & set(known.tolist())
-        assert len(rows) <= grid_data.MINED
-        for row in rows:
-            assert set(text.split()) & set(data.target_texts[row].split())
-    assert not any(map(len, data.splits["dev"].negatives))
-
-
-def test_hard_negatives_of_the_data_are_kept_and_not_mined_over(tmp_path: Path):
+def test_hard_negatives_of_the_data_are_kept_and_known(tmp_path: Path):
     folder = tiny.write_data(tmp_path / "whole")
+    before = tiny.write_data(tmp_path / "before")
     known = positives(load(folder, tmp_path / "cache"), "train")["train1"]
     against = next(f"t{i}" for i in range(tiny.TARGETS) if f"t{i}" not in known)
     with (folder / "qrels" / "train.tsv").open("a") as file:
         file.write(f"train1\t{against}\t0\n")
-    data = load(grid_data.write(str(folder), tmp_path / "data", mined=True), tmp_path / "cache")
+    assert not grid_data.has_negatives(grid_data.write(str(before), tmp_path / "without"))
+    written = grid_data.write(str(folder), tmp_path / "data")
+    assert grid_data.has_negatives(written)
+    data = load(written, tmp_path / "cache")
     train = data.splits["train"]
     found = {
         query: [data.target_ids[row] for row in rows]

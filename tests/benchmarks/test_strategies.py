@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import grids, strategies
+from benchmarks import grid_data, grids, strategies
 from tests import tiny
 
 
@@ -92,6 +93,7 @@ def test_a_killed_comparison_goes_on(tmp_path, monkeypatch, capsys):
 def test_what_cannot_be_run_is_said_before_anything_runs(tmp_path, capsys):
     for wrong, said in (
         ("--cells=stale,fresh", "no cell 'fresh'"),
+        ("--cells=oracle", "oracle embeds every target at every step"),
         ("--config.negatives.draws=0", "config.negatives.draws is 0"),
         ("--config.draws=1", "--config.draws=1 is not known"),
         ("--data=", "--data is missing"),
@@ -100,6 +102,24 @@ def test_what_cannot_be_run_is_said_before_anything_runs(tmp_path, capsys):
         assert said in capsys.readouterr().err
     assert strategies.main([]) == 2
     assert not (tmp_path / "runs").exists()
+
+
+def test_negatives_are_mined_once_by_the_command_and_are_no_positives(tmp_path, monkeypatch):
+    folder = grid_data.write(str(tiny.write_data(tmp_path / "whole")), tmp_path / "data")
+    keys = {"data.path": str(folder), "data.cache_dir": str(tmp_path / "cache")}
+    found = strategies.mined(keys)
+    monkeypatch.setattr(strategies.subprocess, "run", lambda *a, **k: pytest.fail("mined again"))
+    assert strategies.mined(keys) == found
+    judged = (folder / "qrels" / "train.tsv").read_text().splitlines()[1:]
+    positives = {tuple(line.split("\t")[:2]) for line in judged}
+    ranked = [line.split() for line in Path(found["negatives.path"]).read_text().splitlines()]
+    assert not positives & {(row[0], row[2]) for row in ranked}
+    assert max(collections.Counter(row[0] for row in ranked).values()) <= strategies.MINED
+    assert {row[0] for row in ranked} == {query for query, _ in positives}
+
+    with (folder / "qrels" / "train.tsv").open("a") as file:
+        file.write("train1\tt1\t0\n")
+    assert strategies.mined(keys) == {}  # the data's own
 
 
 def one_cell(folder: Path) -> strategies.Cell:
@@ -128,7 +148,7 @@ def test_a_comparison_that_is_asked_to_stop_asks_its_run(tmp_path, monkeypatch):
     before = signal.signal(signal.SIGTERM, lambda *_: here.append("told"))
     try:
         threading.Thread(target=ask).start()
-        assert strategies.run(cell, tmp_path, "") == 75
+        assert strategies.run(cell, {}) == 75
         assert not here
         os.kill(os.getpid(), signal.SIGTERM)
         assert here  # whoever listened before does again
@@ -148,7 +168,7 @@ def test_a_run_that_outlived_its_benchmark_is_waited_for(tmp_path, monkeypatch):
 
     def try_to_run() -> None:
         try:
-            strategies.run(cell, tmp_path, "")
+            strategies.run(cell, {})
         except BaseException as error:
             failed.append(type(error))
 
