@@ -333,7 +333,7 @@ class Job:
             together += ["--config.mesh.timeout=60"]
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={2 // kind.processes}",
+            "XLA_FLAGS": tiny.xla_flags(2 // kind.processes),
             "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }

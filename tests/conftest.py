@@ -23,9 +23,13 @@ DEVICES = 8
 
 if "jax" in sys.modules:
     raise RuntimeError("jax was imported before tests/conftest.py could set it up")
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}".strip()
+# Without LLVM's optimisations a program is compiled in two thirds of the time, and tiny ones are
+# not worth more.
+_FLAGS = (
+    f"--xla_force_host_platform_device_count={DEVICES}",
+    "--xla_backend_optimization_level=0",
 )
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 # Compiling is most of a test's time, small programs more than large ones: keep all of them.

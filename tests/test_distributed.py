@@ -50,7 +50,7 @@ def start(folder: Path, workdir: Path, processes: int, *flags: str) -> list[subp
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // processes}",
+        "XLA_FLAGS": tiny.xla_flags(DEVICES // processes),
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": str(processes),
         "PYTHONPATH": str(ROOT),

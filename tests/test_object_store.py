@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import faults
+from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -71,7 +72,7 @@ def store():
 
 
 def command(store, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | store | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = os.environ | store | {"XLA_FLAGS": tiny.xla_flags(2)}
     return subprocess.run(
         [sys.executable, "-m", "corrector_jax.main", *arguments],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,

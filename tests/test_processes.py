@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import tiny
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Saves at `step`, or resumes what is there and says whether it is what the step's saver had.
@@ -65,7 +67,7 @@ def run(processes: int, devices: int, workdir: Path, action: str, step: int) -> 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": tiny.xla_flags(devices),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -20,6 +21,11 @@ SECRETS = {
 }
 """Variables of the environment whose values nobody may write down."""
 TARGETS, TRAIN, HELD_OUT = 67, 40, 12  # prime: nothing divides it
+
+
+def xla_flags(devices: int) -> str:
+    """XLA_FLAGS of a process with so many CPU devices, else as here: the last of a flag counts."""
+    return f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
 
 
 def write_data(folder: Path) -> Path:
