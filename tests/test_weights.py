@@ -162,7 +162,9 @@ def test_weights_in_shards(folder):
     write(folder / "model.safetensors.index.json", {"weight_map": shards})
     assert_tensors(weights.find(str(folder)).tensors)
     (folder / "model-1-of-3.safetensors").unlink()
-    with pytest.raises(UserError, match=r"names the shard model-1-of-3\.safetensors, which is not"):
+    with pytest.raises(
+        UserError, match=r"names the shard 'model-1-of-3\.safetensors', which is not"
+    ):
         weights.find(str(folder))
 
 
@@ -476,10 +478,13 @@ def test_values_of_another_kind_are_named(folder):
         ("sentence_bert_config.json", {"max_seq_length": -3}, "-3 for max_seq_length"),
         ("sentence_bert_config.json", {"max_seq_length": float("nan")}, "nan for max_seq_length"),
         ("1_Pooling/config.json", {"pooling_mode": 5}, "asks for the pooling 5"),
+        ("1_Pooling/config.json", {"pooling_mode": "a\x0bb\x1b"}, "asks for the pooling a b\\?"),
+        ("modules.json", [{"type": "Trans\x1bformer"}], r"a module Trans\?former where"),
     ):
         write(folder / file, content)
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=words) as error:
             weights.find(str(folder))
+        assert str(error.value).isprintable()
         (folder / file).unlink()
     write(folder / "config_sentence_transformers.json", {"default_prompt_name": []})
     assert weights.find(str(folder)).query_prefix == ""

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from corrector_jax.models.family import Axes, Place, check_sizes, number, only
 from corrector_jax.models.layers import attend, checked, gelu, rotate
-from corrector_jax.types import Array, ArrayLike, UserError
+from corrector_jax.types import Array, ArrayLike, UserError, shown
 
 _init = nn.initializers.normal(0.02)
 _KINDS = ("full_attention", "sliding_attention")
@@ -244,8 +244,8 @@ def _object(published: Mapping[str, Any], key: str) -> dict[str, Any]:
     value = published.get(key) or {}
     if not isinstance(value, dict):
         raise UserError(
-            f"The encoder's config.json gives {value!r} for {key}, which must be an object; fetch "
-            "it again."
+            f"The encoder's config.json gives {shown(value)} for {key}, which must be an object; "
+            "fetch it again."
         )
     return value
 

@@ -14,7 +14,7 @@ from corrector_jax.models.family import Family, Place, Placed
 from corrector_jax.models.modernbert import ModernBertConfig
 from corrector_jax.models.reader import ReaderConfig
 from corrector_jax.models.t5 import T5Config
-from corrector_jax.types import PyTree, UserError, shown
+from corrector_jax.types import PyTree, UserError, brief, shown
 
 FAMILIES: dict[str, type[Family]] = {
     "bert": BertConfig,
@@ -200,8 +200,9 @@ def beside(tensors: Mapping[str, np.ndarray], config: Placed) -> dict[str, np.nd
     if strange:
         more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
         raise UserError(
-            f"The model's weights hold the tensor {strange[0]}{more}, for which the architecture "
-            "in its config.json has no place; give weights and config of the same model."
+            f"The model's weights hold the tensor {brief(strange[0])}{more}, for which the "
+            "architecture in its config.json has no place; give weights and config of the same "
+            "model."
         )
     return {
         name: tensor
