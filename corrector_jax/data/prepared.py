@@ -192,19 +192,24 @@ class _Targets:
         file = place / "progress.json"
         state = _progress(file) if file.exists() else _NOTHING
         self._size, self._taken, self._whole = state["size"], state["taken"], state["whole"]
-        self._tables = {name: Appender(place / name, state[name]) for name in _TABLES}
         self._names, self._contents = Index(), Index()
         rows.refused |= {where: Refused(*one) for where, one in state["refused"].items()}
         if self._whole:
             rows.total = state["rows"]
-        if self._size:
-            say(f"{self._size:,} targets were read before: going on behind them")
-            keys = np.fromfile(place / "target_keys.data", np.uint64)
-            if len(keys) != 2 * self._size:
-                raise damaged(file)
-            keys = keys.reshape(-1, 2)
-            self._names.add(keys[:, 0], 0)
-            self._contents.add(keys[:, 1], 0)
+        with contextlib.ExitStack() as opened:
+            self._tables = {
+                name: opened.enter_context(contextlib.closing(Appender(place / name, state[name])))
+                for name in _TABLES
+            }
+            if self._size:
+                say(f"{self._size:,} targets were read before: going on behind them")
+                keys = np.fromfile(place / "target_keys.data", np.uint64)
+                if len(keys) != 2 * self._size:
+                    raise damaged(file)
+                keys = keys.reshape(-1, 2)
+                self._names.add(keys[:, 0], 0)
+                self._contents.add(keys[:, 1], 0)
+            self._close = opened.pop_all().close
         # Of passages that stand in queries: id -> (row, text), and text -> row, all by key.
         self._new_names: dict[int, tuple[int, int]] = {}
         self._new_contents: dict[int, int] = {}
@@ -214,8 +219,7 @@ class _Targets:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for table in self._tables.values():
-            table.close()
+        self._close()
 
     def read(self, reader: Reader) -> None:
         """Writes the corpus, shard by shard."""

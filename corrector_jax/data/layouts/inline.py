@@ -30,7 +30,7 @@ from typing import Any
 from corrector_jax.data import rows as row
 from corrector_jax.data.rows import Judged, Query, Rows, Target
 from corrector_jax.paths import AnyPath
-from corrector_jax.types import UserError, shown
+from corrector_jax.types import UserError, brief, shown
 
 _FILES = (".jsonl", ".json", ".parquet")
 _CORPUS = re.compile(r"corpus|collection|passages|psgs")
@@ -221,8 +221,8 @@ class Columns(Inline):
         query, positive = _column(record, _QUERY_COLUMNS), _column(record, _POSITIVE_COLUMNS)
         if query is None or positive is None:
             raise UserError(
-                f"{where}: the columns are {', '.join(record)}: name the query's anchor, the "
-                "positive's positive, and hard negatives negative, negative_2 and so on."
+                f"{where}: the columns are {brief(', '.join(record))}: name the query's anchor, "
+                "the positive's positive, and hard negatives negative, negative_2 and so on."
             )
         label = _column(record, _LABEL_COLUMNS)
         if label is not None and record[label] not in (0, 1):
@@ -303,8 +303,8 @@ def csv_columns(line: str, names: list[str], where: str) -> list[str]:
         fields = next(csv.reader([line], delimiter="\t", strict=True))
     except csv.Error as error:
         raise UserError(
-            f"{where}: {error}: write one row a line, as csv does, and every quote inside of a "
-            "column in quotes twice."
+            f"{where}: {brief(error)}: write one row a line, as csv does, and every quote inside "
+            "of a column in quotes twice."
         ) from error
     if len(fields) != len(names):
         raise UserError(

@@ -37,7 +37,7 @@ class Tfds:
         """
         queries = _open(path, "queries")
         named = (queries.info.metadata or {}).get("corpus")
-        if not isinstance(named, str) or named != PurePath(named).name:
+        if not isinstance(named, str) or not named or named != PurePath(named).name:
             raise _unreadable(path, ValueError(f"its corpus is {shown(named)}"))
         corpus = path.parent.parent / "retrieval_corpus" / named
         self._folders = {"queries": path, "corpus": corpus}
