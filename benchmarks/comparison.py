@@ -16,7 +16,7 @@ from benchmarks import paired
 from benchmarks.grids import Grid
 from corrector_jax import paths
 from corrector_jax.report.plots import LIGHT
-from corrector_jax.report.words import read_json
+from corrector_jax.report.words import json_of
 from corrector_jax.types import UserError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def read(grid: Grid, folder: Path) -> dict[str, list[Record]]:
     records: dict[str, list[Record]] = {}
     for cell in grid.cells:
         for seed in sorted(grid.seeds):
-            if found := read_json(folder / f"{cell}-{seed}.json"):
+            if found := json_of(folder / f"{cell}-{seed}.json"):
                 records.setdefault(cell, []).append(found)
     every = [one for of in records.values() for one in of]
     if len({(one["queries"], one["dataset"]["targets"]) for one in every}) > 1:
@@ -210,7 +210,7 @@ def fill_in(document: Path, results: Path) -> None:
     """
 
     def filled(found: re.Match[str]) -> str:
-        summary = read_json(results / f"strategies_{found['name']}_summary.json")
+        summary = json_of(results / f"strategies_{found['name']}_summary.json")
         inside = ""
         if summary:
             beside = Path(os.path.relpath(results, document.parent)).as_posix()

@@ -16,7 +16,7 @@ import numpy as np
 from corrector_jax import paths
 from corrector_jax.data import dataset, sources
 from corrector_jax.data.dataset import RetrievalData
-from corrector_jax.report.words import read_json
+from corrector_jax.report.words import json_of
 from corrector_jax.types import UserError
 
 
@@ -37,7 +37,7 @@ def write(source: str, folder: Path, *, targets: int = 0) -> Path:
     """
     made_from = {"source": str(paths.make(source)), "targets": targets}
     complete = folder / "made_from.json"
-    if (before := read_json(complete)) is not None:
+    if (before := json_of(complete)) is not None:
         if before != made_from:
             raise UserError(
                 f"{folder} was made from {before}, not {made_from}: remove it and the runs beside "

@@ -46,7 +46,7 @@ from benchmarks.grids import CELLS, GRIDS, ORACLE, Grid, config_of, settings_of
 from corrector_jax import config as configs
 from corrector_jax import paths
 from corrector_jax.preemption import EXIT_CODE
-from corrector_jax.report.words import read_json, read_metrics
+from corrector_jax.report.words import json_of, read_metrics
 from corrector_jax.types import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,7 +86,7 @@ class Cell:
         Raises:
           UserError: the result is of another setting.
         """
-        found = read_json(self.path)
+        found = json_of(self.path)
         if found is None:
             return False
         wanted = settings_of(self.config)

@@ -122,7 +122,12 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 str(self._folder), options=options, item_handlers=handlers
             )
-        except (TypeError, ValueError) as error:  # Orbax reads this file of every checkpoint here
+        except Exception as error:
+            self._quiet.close()
+            of_a_file = isinstance(error, ArithmeticError | RecursionError | TypeError | ValueError)
+            if not of_a_file or distributed.is_loss(error):
+                raise
+            # Orbax reads this file of every checkpoint here.
             raise UserError(
                 f"{self._folder}/*/_CHECKPOINT_METADATA: one of them is not what was saved "
                 f"({brief(error)}): remove it, the rest of its checkpoint is read without"
@@ -248,8 +253,14 @@ class Checkpoints:
         sha256 = content.pop("sha256")
         if _sha256(content) != sha256:
             raise DamagedError(f"{self._folder / str(step)}: its position is not what was saved")
+        held: Any = content.get("position")
+        known = {field.name for field in dataclasses.fields(Position)}
+        if isinstance(held, dict) and (strange := held.keys() - known):
+            raise UserError(
+                f"{self._folder / str(step)} has {brief(min(strange))}, which this version does "
+                "not know: use the version of corrector_jax that wrote it"
+            )
         try:
-            held = content["position"]
             # Before any step wrote rows, a snapshot was always the whole cache embedded anew.
             held.setdefault("embedded_at", held["cache"]["step"] if held["cache"] else 0)
             position = Position(**held)

@@ -13,7 +13,7 @@ from corrector_jax.paths import AnyPath
 from corrector_jax.ranking import METRICS, Interval, paired_bootstrap
 from corrector_jax.report import comparison
 from corrector_jax.report.comparison import Compared
-from corrector_jax.report.words import get, made_by_a_run, read_json, read_metrics
+from corrector_jax.report.words import get, json_of, made_by_a_run, read_metrics
 from corrector_jax.types import UserError
 from corrector_jax.writer import say
 
@@ -65,7 +65,7 @@ def compare(workdirs: Sequence[AnyPath], output: AnyPath) -> AnyPath:
 
 def _finished(workdir: AnyPath) -> Any:
     """What results.json holds."""
-    results = read_json(workdir / "results.json")
+    results = json_of(workdir / "results.json")
     after = workdir / "eval" / "after.json"
     if not isinstance(results, dict) or not after.is_file():
         raise UserError(
@@ -88,7 +88,7 @@ def _per_query(workdir: AnyPath, count: int) -> dict[str, np.ndarray]:
     """Measure -> [count] float64, what each query of the last evaluation got."""
     path = workdir / "eval" / "after.json"
     with made_by_a_run(path):
-        per_query = read_json(path)["per_query"]
+        per_query = json_of(path)["per_query"]
         found = {metric: np.array(per_query[metric], np.float64) for metric in METRICS}
         # A query for which nothing was found has no line in the run, but it was measured.
         shapes = {values.shape for values in found.values()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -289,6 +289,19 @@ def validate(config: ConfigDict) -> None:
             f"the configuration has no {min(missing)}: start from corrector_jax.config.default() "
             "and set keys of it, as the files of configs/ do"
         )
+    check_values(config)
+    _validate_together(config)
+
+
+def check_values(config: ConfigDict) -> None:
+    """Says which value no key may have, whatever the others are.
+
+    What a finished run was made with is held against this alone: rules on what goes together have
+    become more since.
+
+    Raises:
+      UserError: one sentence, naming the key.
+    """
     for key, words in WORDS.items():
         value = get(config, key)
         if value not in words:
@@ -306,6 +319,9 @@ def validate(config: ConfigDict) -> None:
     for key in _POSITIVE:
         if not get(config, key) > 0:
             raise UserError(f"config.{key} is {get(config, key)}: write a number above 0")
+
+
+def _validate_together(config: ConfigDict) -> None:
     if config.train.warmup >= config.train.steps:
         raise UserError(
             f"config.train.warmup is {config.train.warmup} of {config.train.steps} steps: write "
@@ -460,7 +476,7 @@ def from_json(text: str) -> ConfigDict:
     config = default()
     known = dict(flat(config))
     try:
-        keys = list(flat(json.loads(text, parse_constant=_refuse_constant)))
+        keys = list(flat(json.loads(text, parse_constant=_constant)))
     except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"config.json is not what a run wrote ({error}): put it back") from error
     for key, value in keys:
@@ -474,17 +490,28 @@ def from_json(text: str) -> ConfigDict:
     return config
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+def _constant(name: str) -> float:
+    """A number that JSON has no way to write: a limit may be infinite, nothing is NaN."""
+    if name == "NaN":
+        raise ValueError("NaN is no number")
+    return float(name)
 
 
 def _of_a_kind(value: object, default: object) -> bool:
-    """Whether a key that has this default may have this value: a float may be a whole number."""
+    """Whether a key that has this default may have this value.
+
+    A ConfigDict takes None for a text, and a whole number for a float.
+    """
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return False
     if isinstance(default, float):
-        return type(value) in (int, float) and -(2**63) < cast(float, value) < 2**63
-    if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
-        return False  # half of a surrogate pair
-    return type(value) is type(default) and (not isinstance(value, int) or abs(value) < 2**63)
+        return type(value) in (int, float)
+    if isinstance(default, str):
+        # Halves of surrogate pairs, but for the bytes of a file's name that are not UTF-8.
+        return value is None or (
+            isinstance(value, str) and not re.search("[\ud800-\udc7f\udd00-\udfff]", value)
+        )
+    return type(value) is type(default)
 
 
 def refuse_other_run(config: ConfigDict, saved: ConfigDict, workdir: str) -> None:

@@ -462,7 +462,7 @@ def restored(
 
 
 def saved_config(workdir: AnyPath) -> ConfigDict:
-    """The configuration a workdir was made with, checked like any other.
+    """The configuration a workdir was made with.
 
     Raises:
       UserError: there is none, or it is not what a run wrote.
@@ -472,7 +472,7 @@ def saved_config(workdir: AnyPath) -> ConfigDict:
         raise UserError(f"{workdir} holds no config.json: --workdir must be the folder of a run")
     try:
         config = configs.from_json(saved.read_text(encoding="utf-8"))
-        configs.validate(config)
+        configs.check_values(config)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{saved} cannot be read ({error}): put it back") from error
     except UserError as error:

@@ -14,7 +14,7 @@ from corrector_jax.evaluate import trained
 from corrector_jax.job import Job
 from corrector_jax.model_folder import Clothes
 from corrector_jax.paths import AnyPath
-from corrector_jax.report.words import made_by_a_run, read_json
+from corrector_jax.report.words import json_of, made_by_a_run
 from corrector_jax.types import PyTree, UserError
 from corrector_jax.writer import say
 
@@ -229,7 +229,7 @@ def _metrics(job: Job, workdir: AnyPath) -> list[str]:
         path = workdir / "eval" / f"{name}.json"
         if path.exists():
             with made_by_a_run(path):
-                records[name] = {k: float(v) for k, v in read_json(path)["metrics"].items()}
+                records[name] = {k: float(v) for k, v in json_of(path)["metrics"].items()}
     if not records:
         return ["Not evaluated yet."]
     names = dict.fromkeys(name for record in records.values() for name in record)

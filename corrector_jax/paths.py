@@ -10,10 +10,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Any, TypeAlias
 
 from upath import UPath
@@ -63,6 +64,11 @@ def is_local(path: AnyPath) -> bool:
     return isinstance(path, Path)
 
 
+def is_plain(name: str) -> bool:
+    """Whether a name, as a file on the disk gives it, leads to nothing but a file beside it."""
+    return name not in ("", ".", "..") and name == PurePath(name).name
+
+
 def read_json(path: AnyPath) -> Any:
     """What a JSON file holds.
 
@@ -84,23 +90,25 @@ def parse_json(content: bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def write(path: AnyPath, content: str | bytes) -> None:
+def write(path: AnyPath, content: str | bytes, *, together: bool = False) -> None:
     """Writes a file whole or not at all.
 
     Args:
       path: the file; folders that are missing on the way to it are made.
       content: what it holds from now on; a text is written as UTF-8.
+      together: whether another process may be writing the same file.
     """
-    with writing(path) as file:
+    with writing(path, together=together) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
-def writing(path: AnyPath) -> Iterator[IO[bytes]]:
+def writing(path: AnyPath, *, together: bool = False) -> Iterator[IO[bytes]]:
     """A file to write that is there once the block ends without an error, and not before.
 
     Args:
       path: the file; folders that are missing on the way to it are made.
+      together: whether another process may be writing the same file.
 
     Yields:
       The open file.
@@ -112,7 +120,8 @@ def writing(path: AnyPath) -> Iterator[IO[bytes]]:
         path.write_bytes(content.getvalue())  # an object appears whole, once its upload ends
         return
     # Beside it first, then over it: a reader sees the old file or the new one.
-    beside = path.with_name(f".{path.name}.tmp")
+    # One name, so that what a killed process leaves is written over, unless two would share it.
+    beside = path.with_name(f".{path.name}{'.' + secrets.token_hex(4) if together else ''}.tmp")
     try:
         with beside.open("wb") as file:
             yield file

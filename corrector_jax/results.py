@@ -18,7 +18,7 @@ from corrector_jax.ranking import paired_bootstrap, read_trec
 from corrector_jax.report import staleness
 from corrector_jax.report.page import write_report
 from corrector_jax.report.plots import LIGHT, png
-from corrector_jax.report.words import read_json, summary_table
+from corrector_jax.report.words import made_by_a_run, summary_table
 from corrector_jax.types import PyTree
 from corrector_jax.writer import say, write_pictures
 
@@ -97,7 +97,7 @@ def results(job: Job, workdir: AnyPath, position: Position) -> dict[str, Any]:
       A JSON-able dict.
     """
     records = {
-        name: read_json(workdir / "eval" / f"{name}.json")
+        name: _record(workdir, name)
         for name in ("before", "after", "bm25", "pretrained")
         if (workdir / "eval" / f"{name}.json").exists()
     }
@@ -145,6 +145,13 @@ def results(job: Job, workdir: AnyPath, position: Position) -> dict[str, Any]:
     }
 
 
+def _record(workdir: AnyPath, name: str) -> dict[str, Any]:
+    """What an evaluation left."""
+    path = workdir / "eval" / f"{name}.json"
+    with made_by_a_run(path):
+        return dict(paths.read_json(path))
+
+
 def examples(job: Job, workdir: AnyPath) -> list[dict[str, Any]]:
     """A few queries with their first results before and after, spread evenly over the split.
 
@@ -161,7 +168,7 @@ def examples(job: Job, workdir: AnyPath) -> list[dict[str, Any]]:
         name: read_trec(workdir / "runs" / f"{name}.trec", split, job.data.target_ids)
         for name in ("before", "after")
     }
-    answers = {name: read_json(workdir / "eval" / f"{name}.json").get("answers") for name in found}
+    answers = {name: _record(workdir, name).get("answers") for name in found}
 
     def shown(name: str, query: int) -> list[dict[str, Any]]:
         """The first results, and below them the first known positive if it comes later."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -195,7 +194,7 @@ def _check_files(path: AnyPath, manifest: dict[str, Any]) -> None:
         stops = [0, *(entry["stop"] for entry in manifest["files"])]
         starts = [*(entry["start"] for entry in manifest["files"]), manifest["size"]]
         named = all(
-            entry["file"] == PurePath(entry["file"]).name and isinstance(entry["sha256"], str)
+            paths.is_plain(entry["file"]) and isinstance(entry["sha256"], str)
             for entry in manifest["files"]
         )
         counts = [*stops, manifest["step"], manifest["dim"]]
@@ -295,7 +294,7 @@ def _of_all_processes(folder: AnyPath, files: list[dict[str, Any]]) -> list[dict
     names = [folder / f"process-{number}.json" for number in range(jax.process_count())]
     paths.write(names[jax.process_index()], json.dumps(files))
     distributed.wait_for_all("every process wrote its rows")
-    every = [entry for name in names for entry in json.loads(name.read_text())]
+    every = [entry for name in names for entry in paths.read_json(name)]
     distributed.wait_for_all("every process knows all files")
     paths.remove(names[jax.process_index()])
     return sorted(every, key=lambda entry: int(entry["start"]))

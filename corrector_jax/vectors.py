@@ -97,7 +97,8 @@ def embed_run(
             {k: v for k, v in record.items() if k != "encoder"} for record in records if record
         ],
     }
-    paths.write(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    text = json.dumps(manifest, indent=2) + "\n"
+    paths.write(folder / "manifest.json", text, together=True)
     say(f"{rows:,} embeddings of {job.model.dim} dimensions: {folder}")
     return folder
 
@@ -142,17 +143,22 @@ def done(
       digest: of the shard's ids and texts, likewise.
 
     Raises:
-      UserError: it is of something else, or not what was written.
+      UserError: it is of something else, or is no record that was written. The files it names are
+        not looked into.
     """
     path = folder / f"{number:05d}.json"
     if not path.exists():
         return None
     try:
         record: dict[str, Any] = paths.read_json(path)
-        if not isinstance(record["rows"], int) or not isinstance(record["sha256"], dict):
+        rows, files = record["rows"], record["sha256"]
+        if type(rows) is not int or rows < 0 or not isinstance(files, dict):
             raise TypeError("rows")
         made_by, of = record["encoder"], record["texts_sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path} cannot be read ({reason}): make it readable") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is not what was written ({type(error).__name__}): remove it, and its shard is "
             "made again"

@@ -406,10 +406,9 @@ def _tensors(folder: Path, sha256: str) -> dict[str, np.ndarray]:
             _check_header(path)
             tensors.update(safetensors.numpy.load_file(path))
         except (safetensors.SafetensorError, KeyError, TypeError, OSError) as error:
-            what = " ".join(ascii(str(error)).split())[:160]
             raise UserError(
-                f"The weights {path} cannot be read ({what}); fetch them again, in float32, "
-                f"float16 or bfloat16."
+                f"The weights {path} cannot be read ({brief(error, 160)}); fetch them again, "
+                "in float32, float16 or bfloat16."
             ) from error
     return {name: _widened(tensor) for name, tensor in tensors.items()}
 

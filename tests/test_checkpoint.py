@@ -345,7 +345,6 @@ def test_a_workdir_on_another_kind_of_store_is_refused():
         lambda content: content.pop("leaves"),
         lambda content: content.update(leaves={"params": 4}),
         lambda content: content.update(position=[1]),
-        lambda content: content["position"].update(more=1),
         lambda content: content["position"].update(cache=7),
         lambda content: content["position"].update(cache={"step": "x", "sha256": ""}),
         lambda content: content["position"].update(cache={"step": 3, "sha256": None}),
@@ -362,11 +361,24 @@ def test_a_position_that_its_digest_fits_and_no_run_wrote_is_damage(tmp_path, ch
         resume(tmp_path)
 
 
+def test_a_checkpoint_of_a_later_version_is_refused_and_stays_where_it_is(tmp_path):
+    save(tmp_path, [3])
+    (path,) = tmp_path.glob("checkpoints/3/position/metadata")
+    content = json.loads(path.read_text())
+    content["position"]["invented"] = 1
+    content.pop("sha256")
+    path.write_text(json.dumps(content | {"sha256": module._sha256(content)}))
+    with pytest.raises(UserError, match=r"3 has invented, .* use the version of corrector_jax"):
+        resume(tmp_path, set_aside=True)
+    assert (tmp_path / "checkpoints" / "3").is_dir()
+
+
 def test_metadata_of_another_kind_is_named_and_can_go(tmp_path):
     save(tmp_path, [3])
     (path,) = tmp_path.glob("checkpoints/3/_CHECKPOINT_METADATA")
-    path.write_text('"of somebody else"')
-    with pytest.raises(UserError, match="_CHECKPOINT_METADATA: one of them is not what was saved"):
-        resume(tmp_path)
+    for content in ('"of somebody else"', "[" * 100_000, '{"commit_timestamp_nsecs": 1' + "0" * 40):
+        path.write_text(content + "}" * content.startswith("{"))
+        with pytest.raises(UserError, match="_CHECKPOINT_METADATA: one of them is not what was"):
+            resume(tmp_path)
     path.unlink()
     resume(tmp_path)

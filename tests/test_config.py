@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 from pathlib import Path
 
@@ -183,6 +184,7 @@ def test_json_keeps_every_value_and_refuses_unknown_keys():
         ('{"seed": null}', "seed is None: put it back"),  # a ConfigDict takes it for any value
         ('{"seed": true}', "seed is True: put it back"),
         ('{"seed": 1e400}', "seed is inf: put it back"),
+        ('{"seed": Infinity}', "seed is inf: put it back"),
         ('{"seed": 99999999999999999999}', "seed is 9+: put it back"),
         ('{"model": {"beta": NaN}}', "NaN is no number"),
         ('{"model": {"weights": "\\ud800"}}', "model.weights is .*: put it back"),
@@ -196,6 +198,25 @@ def test_json_that_no_run_wrote_is_refused_in_a_sentence(text, said):
     with pytest.raises(UserError, match=said) as error:
         configs.from_json(text)
     assert len(str(error.value)) < 200
+
+
+def test_json_of_everything_that_a_run_may_be_started_with_is_read_back():
+    config = changed(mesh__timeout=float("inf"), train__clip=1e30, model__beta=20)
+    config.data.path = os.fsdecode(b"caf\xe9")  # a file's name need not be UTF-8
+    config.negatives.path = None  # a ConfigDict takes it for any text
+    configs.validate(config)
+    assert configs.from_json(configs.to_json(config)).to_dict() == config.to_dict()
+
+
+def test_what_goes_together_by_a_rule_of_today_is_not_asked_of_a_finished_run():
+    saved = changed()
+    saved.checkpoint.keep_best, saved.eval.every = True, 0
+    with pytest.raises(UserError, match="keep_best"):
+        configs.validate(saved)
+    configs.check_values(saved)
+    saved.train.batch_size = 0
+    with pytest.raises(UserError, match=r"train\.batch_size is 0: write 1 or more"):
+        configs.check_values(saved)
 
 
 def test_only_keys_that_shape_the_state_are_compared():

@@ -48,6 +48,23 @@ def test_a_write_that_fails_leaves_what_was_there(folder):
     assert [path.name for path in folder.iterdir()] == ["c.txt"]
 
 
+def test_two_that_write_the_same_file_together_both_end_well(tmp_path):
+    path = tmp_path / "manifest.json"
+    with paths.writing(path, together=True) as one:
+        one.write(b"the ")
+        with paths.writing(path, together=True) as other:
+            other.write(b"the same")
+        one.write(b"same")
+    assert path.read_bytes() == b"the same"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/", "../a"])
+def test_a_name_that_leads_elsewhere_is_not_plain(name):
+    assert not paths.is_plain(name)
+    assert paths.is_plain("rows-0.safetensors")
+
+
 def test_remove_takes_files_and_folders_and_minds_nothing_missing(folder):
     paths.write(folder / "b" / "c.txt", "x")
     paths.remove(folder / "b" / "c.txt")

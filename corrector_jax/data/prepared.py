@@ -176,9 +176,11 @@ def _progress(file: Path) -> dict[str, Any]:
         counts += [size for name in _TABLES for size in state[name]]
         good = all(type(count) is int and 0 <= count < 2**63 for count in counts)
         good = good and all(len(state[name]) == 2 for name in _TABLES)
+        # Whatever was taken was written or refused.
+        good = good and state["size"] <= state["taken"] <= state["size"] + len(state["refused"])
         good = good and all(list(map(type, one)) == [str, str] for one in state["refused"].values())
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise damaged(file) from error
+        raise damaged(file, error) from error
     if not good or not isinstance(state["whole"], bool):
         raise damaged(file)
     return state
@@ -450,7 +452,7 @@ def _open(place: Path, name: str) -> RetrievalData:
         known = set(counts) <= set(SPLITS) and bool(counts)
         plain = all(type(count) is int for count in (*counts.values(), *without.values()))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-        raise damaged(file) from error
+        raise damaged(file, error) from error
     if not known or not plain:
         raise damaged(file)
     ids, texts = (

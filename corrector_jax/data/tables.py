@@ -209,7 +209,7 @@ def _open(path: Path, dtype: type) -> tuple[np.ndarray, np.ndarray]:
             for end, kind in (("data", dtype), ("ends", "<i8"))
         )
     except (OSError, ValueError) as error:  # gone, or not of whole numbers
-        raise damaged(_data(path)) from error
+        raise damaged(_data(path), error) from error
     fits = len(data) == (ends[-1] if len(ends) else 0)
     if not fits or (len(ends) and ends[0] < 0) or (ends[1:] < ends[:-1]).any():
         raise damaged(_data(path))
@@ -220,8 +220,16 @@ def _data(path: Path) -> Path:
     return path.with_name(f"{path.name}.data")
 
 
-def damaged(path: Path) -> UserError:
-    """What is said of a table that is not as it was written, or of a file beside it."""
+def damaged(path: Path, error: Exception | None = None) -> UserError:
+    """What is said of a table that is not as it was written, or of a file beside it.
+
+    Args:
+      path: the file.
+      error: how that came up; a file that cannot be read just now is not damaged.
+    """
+    if isinstance(error, OSError | MemoryError) and not isinstance(error, FileNotFoundError):
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        return UserError(f"{path} cannot be read ({reason}): make it readable, or try again.")
     return UserError(
         f"{path} is damaged: remove the folder {path.parent}, so that it is made anew."
     )

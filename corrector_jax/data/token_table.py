@@ -107,7 +107,7 @@ def _opened(path: Path) -> np.ndarray:
     try:
         return np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # its header is parsed as Python, with all that Python may raise
-        raise damaged(path) from error
+        raise damaged(path, error) from error
 
 
 def _write(
@@ -152,7 +152,7 @@ def _done(file: Path, most: int) -> int:
     try:
         done = paths.read_json(file)["done"]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise damaged(file) from error
+        raise damaged(file, error) from error
     if type(done) is not int or not 0 <= done <= most:
         raise damaged(file)
     return done

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from corrector_jax.ranking import METRICS, Interval
-from corrector_jax.report.parts import picture, table, whole
-from corrector_jax.report.plots import DARK, LIGHT, Theme, bare, line, png
+from corrector_jax.report.parts import drawn, picture, table, whole
+from corrector_jax.report.plots import Theme, bare, line
 from corrector_jax.report.words import Series, count, duration, finite, get, number, signed
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def _costs(runs: Sequence[Compared]) -> list[tuple[str, list[str]]]:
 
 
 def _figure(title: str, caption: str, draw: Callable[[Theme], Figure]) -> str:
-    light, dark = (png(draw(theme)) for theme in (LIGHT, DARK))
+    light, dark = drawn(title, draw)
     first, second = (base64.b64encode(content).decode() for content in (light, dark))
     return picture(title, caption, first, second)
 

@@ -27,11 +27,11 @@ from corrector_jax.report.words import (
     duration,
     finite,
     get,
+    json_of,
     kl_sentence,
     made_by_a_run,
     measured,
     number,
-    read_json,
     read_metrics,
     recall_sentence,
     signed,
@@ -64,11 +64,11 @@ def write_report(workdir: AnyPath) -> AnyPath:
     Raises:
       UserError: `results.json` is missing, or one of the JSON files cannot be read.
     """
-    results = read_json(workdir / "results.json")
+    results = json_of(workdir / "results.json")
     if results is None:
         raise UserError(f"{workdir} holds no results.json, name the folder of a finished run.")
-    config = read_json(workdir / "config.json") or {}
-    examples = read_json(workdir / "examples.json") or []
+    config = json_of(workdir / "config.json") or {}
+    examples = json_of(workdir / "examples.json") or []
     series, unreadable = read_metrics(workdir / "metrics.jsonl")
 
     with made_by_a_run(workdir):
@@ -79,7 +79,7 @@ def write_report(workdir: AnyPath) -> AnyPath:
             )
             for plot in PLOTS
         ]  # fmt: skip
-        if profile := read_json(workdir / "profile.json"):
+        if profile := json_of(workdir / "profile.json"):
             figures.append(_profile(workdir, profile))
         looked_at = _staleness(workdir)
         page = _page(results, config, examples, figures, looked_at, unreadable)
@@ -117,7 +117,7 @@ def _staleness(workdir: AnyPath) -> str:
                 functools.partial(staleness.draw_samples, samples), wide=True,
             )
         )  # fmt: skip
-    softmaxes = read_json(workdir / "softmax.json")
+    softmaxes = json_of(workdir / "softmax.json")
     if softmaxes and softmaxes.get("queries"):
         caption = (
             "The softmax of held-out queries at the end, exactly over all targets: its heaviest "

@@ -162,10 +162,27 @@ def figure(
     Returns:
       HTML.
     """
-    light, dark = (png(draw(theme)) for theme in (LIGHT, DARK))
+    light, dark = drawn(title, draw)
     paths.write(workdir / "plots" / f"{name}.png", light)
     first, second = (base64.b64encode(content).decode() for content in (light, dark))
     return picture(title, caption, first, second, wide=wide)
+
+
+def drawn(title: str, draw: Callable[[Theme], Figure]) -> tuple[bytes, bytes]:
+    """A picture as PNG files, light and dark.
+
+    Args:
+      title: named where it fails.
+      draw: draws it in a theme's colours.
+
+    Raises:
+      RuntimeError: it cannot be drawn. Values were looked into before: this is no fault of a file.
+    """
+    try:
+        light, dark = (png(draw(theme)) for theme in (LIGHT, DARK))
+    except Exception as error:
+        raise RuntimeError(f"the picture {title!r} cannot be drawn") from error
+    return light, dark
 
 
 def picture(title: str, caption: str, light: str, dark: str, *, wide: bool = False) -> str:

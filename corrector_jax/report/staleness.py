@@ -16,7 +16,7 @@ import safetensors.numpy
 from corrector_jax.paths import AnyPath
 from corrector_jax.report.plots import Theme, bare, percent_axis, title
 from corrector_jax.report.words import number
-from corrector_jax.types import UserError
+from corrector_jax.types import UserError, brief
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,12 +60,14 @@ def read_samples(workdir: AnyPath) -> list[Sample]:
             shapes = {part.shape for part in sample[1:]}
             if len(shapes) != 1 or sample.stale.ndim != 2 or not sample.stale.size:
                 raise ValueError(f"arrays of shapes {', '.join(map(str, sorted(shapes)))}")
-            if any(part.dtype != np.float32 or not np.isfinite(part).all() for part in sample[1:]):
-                raise ValueError("values that are not finite float32")
+            if any(part.dtype != np.float32 for part in sample[1:]):
+                raise ValueError("values that are not float32")
         except (safetensors.SafetensorError, KeyError, OSError, TypeError, ValueError) as error:
-            what = " ".join(ascii(str(error)).split())[:160]
-            raise UserError(f"{path} is not what a run wrote ({what}): remove it") from error
-        found.append(sample)
+            raise UserError(
+                f"{path} is not what a run wrote ({brief(error, 160)}): remove it"
+            ) from error
+        if all(np.isfinite(part).all() for part in sample[1:]):  # training can go wrong
+            found.append(sample)
     if len({sample.stale.shape[1] for sample in found}) > 1:
         raise UserError(f"{folder} holds samples of several widths: remove those of other runs")
     return sorted(found, key=lambda sample: sample.step)

@@ -15,7 +15,7 @@ import numpy as np
 from corrector_jax import paths
 from corrector_jax.paths import AnyPath
 from corrector_jax.ranking import METRICS
-from corrector_jax.types import UserError
+from corrector_jax.types import UserError, brief
 
 Series = dict[str, tuple[np.ndarray, np.ndarray]]
 """{metric: (steps, values)}, both [n]: int64 and rising, float64 and finite."""
@@ -40,7 +40,7 @@ _OF_OTHER_VALUES = (
 """What looking into values of another kind ends in."""
 
 
-def read_json(path: AnyPath) -> Any:
+def json_of(path: AnyPath) -> Any:
     """What a JSON file holds.
 
     Args:
@@ -50,7 +50,7 @@ def read_json(path: AnyPath) -> Any:
       The value, None where there is no such file.
 
     Raises:
-      UserError: the file is not JSON.
+      UserError: the file is not JSON, or cannot be read.
     """
     try:
         return paths.read_json(path)
@@ -78,7 +78,7 @@ def made_by_a_run(workdir: AnyPath | str) -> Iterator[None]:
     except UserError:
         raise
     except _OF_OTHER_VALUES as error:
-        what = f"{type(error).__name__}: {' '.join(ascii(str(error)).split())[:160]}"
+        what = f"{type(error).__name__}: {brief(error, 160)}"
         raise UserError(
             f"{workdir}: not as a run writes it ({what}): put back results.json, and what lies "
             "beside it, as the run wrote them."
@@ -95,6 +95,9 @@ def read_metrics(path: AnyPath) -> tuple[Series, int]:
 
     Returns:
       The numbers by metric, and how many lines could not be read.
+
+    Raises:
+      UserError: the file cannot be read.
     """
     found: dict[str, dict[int, float]] = {}
     unreadable = 0

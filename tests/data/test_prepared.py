@@ -296,6 +296,8 @@ def test_whatever_is_damaged_in_the_cache_is_named(tmp_path: Path, file: str, ch
         _changed(target_ids="x"),
         _changed(refused={"file:1": ["kind"]}),
         _changed(whole="yes"),
+        _changed(taken=5000),  # so many targets would be passed over
+        _changed(taken=1),
     ],
 )
 def test_progress_that_nobody_wrote_is_damage(tmp_path: Path, change):

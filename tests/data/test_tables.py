@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from corrector_jax.data.tables import Appender, Numbers, Texts, digest
+from corrector_jax.data.tables import Appender, Numbers, Texts, damaged, digest
 from corrector_jax.types import UserError
 
 SETTINGS = settings(
@@ -67,6 +67,13 @@ def test_what_was_written_behind_the_last_commit_is_cut_off(tmp_path: Path):
     table.commit()
     table.close()
     assert list(Texts(tmp_path / "t")) == ["one", "zwei", "three"]
+
+
+def test_a_file_that_cannot_be_read_just_now_is_not_called_damaged():
+    denied = str(damaged(Path("a/b.data"), PermissionError(13, "Permission denied")))
+    assert denied == "a/b.data cannot be read (Permission denied): make it readable, or try again."
+    for error in (None, FileNotFoundError(2, "No such file"), ValueError("7 bytes")):
+        assert "is damaged: remove the folder a" in str(damaged(Path("a/b.data"), error))
 
 
 def test_ends_that_no_table_has_are_damage(tmp_path: Path):

@@ -64,6 +64,16 @@ def test_fewer_dimensions_than_a_picture_are_enough(dim):
     assert np.isfinite(flat.stale).all()
 
 
+def test_samples_of_training_that_went_wrong_are_left_out(tmp_path):
+    rows = np.ones((3, 8, 4), np.float32)
+    (tmp_path / "drift").mkdir()
+    for step, value in ((1, 1.0), (2, np.nan)):
+        rows[1, 2, 3] = value
+        named = dict(zip(("stale", "corrected", "fresh"), rows, strict=True))
+        safetensors.numpy.save_file(named, tmp_path / "drift" / f"{step}.safetensors")
+    assert [sample.step for sample in read_samples(tmp_path)] == [1]
+
+
 def test_the_last_step_and_the_first_are_among_those_drawn():
     samples = [made(step) for step in range(1, 8)]
     steps = [sample.step for sample in chosen(samples)]

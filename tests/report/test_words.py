@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from corrector_jax.report.page import write_report
-from corrector_jax.report.words import finite, read_metrics, summary_table
+from corrector_jax.report.parts import figure
+from corrector_jax.report.words import finite, made_by_a_run, read_metrics, summary_table
 from corrector_jax.types import UserError
 from tests.report.made_up import METRICS, write
 
@@ -152,3 +153,15 @@ def test_a_report_of_files_that_no_run_wrote_says_so(tmp_path, run, monkeypatch,
     with pytest.raises(UserError, match="not as a run writes it") as error:
         write_report(folder)
     assert str(folder) in str(error.value)
+
+
+def test_a_picture_that_cannot_be_drawn_is_no_fault_of_a_file(tmp_path):
+    def draw(theme):
+        raise ValueError("a mistake")
+
+    with (
+        pytest.raises(RuntimeError, match="the picture 'Loss' cannot be drawn") as error,
+        made_by_a_run(tmp_path),
+    ):
+        figure(tmp_path, "loss", "Loss", "", draw)
+    assert isinstance(error.value.__cause__, ValueError)

@@ -9,9 +9,9 @@ Records are read by random access, without TensorFlow.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path, PurePath
 from typing import Any
 
+from corrector_jax import paths
 from corrector_jax.data.dataset import SPLITS
 from corrector_jax.data.rows import Judged, Query, Rows, Target
 from corrector_jax.paths import AnyPath
@@ -37,7 +37,7 @@ class Tfds:
         """
         queries = _open(path, "queries")
         named = (queries.info.metadata or {}).get("corpus")
-        if not isinstance(named, str) or not named or named != PurePath(named).name:
+        if not isinstance(named, str) or not paths.is_plain(named):
             raise _unreadable(path, ValueError(f"its corpus is {shown(named)}"))
         corpus = path.parent.parent / "retrieval_corpus" / named
         self._folders = {"queries": path, "corpus": corpus}
@@ -45,7 +45,7 @@ class Tfds:
         self.splits = tuple(split for split in SPLITS if split in queries.info.splits)
         try:
             self.files = tuple(
-                Path(file)
+                paths.make(str(file))
                 for builder, splits in ((self._corpus, ("targets",)), (queries, self.splits))
                 for split in splits
                 for file in builder.info.splits[split].filepaths
