@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ from corrector_jax.job import Job
 from corrector_jax.ranking import Measured, Ranking
 from corrector_jax.reading import Questions
 from corrector_jax.types import PyTree
+from corrector_jax.writer import progress
 
 
 class Answered(NamedTuple):
@@ -26,7 +27,9 @@ class Answered(NamedTuple):
     measured: Measured
 
 
-def answer(job: Job, params: PyTree, split: str, found: Ranking) -> Answered:
+def answer(
+    job: Job, params: PyTree, split: str, found: Ranking, *, beat: Callable[[], None]
+) -> Answered:
     """Answers the questions of a split from the best passages found.
 
     Args:
@@ -34,25 +37,29 @@ def answer(job: Job, params: PyTree, split: str, found: Ranking) -> Answered:
       params: the encoders' parameters, and the reader's.
       split: whose questions.
       found: [Q, k] passages, best first.
+      beat: as `read` has it.
 
     Returns:
       The answers, and what they are worth.
     """
     rows = found.rows[:, : passages_read(job)]
-    texts = read(job, params, split, rows, rows >= 0)
+    texts = read(job, params, split, rows, rows >= 0, beat=beat)
     accepted = job.data.splits[split].answers
     of_answers = answers.measure(texts, accepted)
     of_passages = answers.answer_recall(found, job.data.target_texts, accepted)
     return Answered(texts, of_answers.join(of_passages))
 
 
-def compare(job: Job, params: PyTree, split: str) -> dict[str, dict[str, float]]:
+def compare(
+    job: Job, params: PyTree, split: str, *, beat: Callable[[], None]
+) -> dict[str, dict[str, float]]:
     """What the same reader answers from other passages than those found.
 
     Args:
       job: the job, with a reader.
       params: the encoders' parameters, and the reader's.
       split: whose questions.
+      beat: as `read` has it.
 
     Returns:
       "em" and "f1" by what is read: "known_positives", "no_passage", the question alone, and
@@ -69,10 +76,8 @@ def compare(job: Job, params: PyTree, split: str) -> dict[str, dict[str, float]]
         "no_passage": (nothing, np.tile(np.arange(count) == 0, (size, 1))),
         "any_passages": (drawn.astype(np.int32), np.ones((size, count), bool)),
     }
-    return {
-        name: answers.measure(read(job, params, split, *rows), queries.answers).metrics
-        for name, rows in read_by.items()
-    }
+    texts = {name: read(job, params, split, *rows, beat=beat) for name, rows in read_by.items()}
+    return {name: answers.measure(found, queries.answers).metrics for name, found in texts.items()}
 
 
 def passages_read(job: Job) -> int:
@@ -81,7 +86,15 @@ def passages_read(job: Job) -> int:
     return int(min(reader.read or reader.passages, job.size))
 
 
-def read(job: Job, params: PyTree, split: str, rows: np.ndarray, there: np.ndarray) -> list[str]:
+def read(
+    job: Job,
+    params: PyTree,
+    split: str,
+    rows: np.ndarray,
+    there: np.ndarray,
+    *,
+    beat: Callable[[], None] = lambda: None,
+) -> list[str]:
     """Answers the questions of a split from any passages.
 
     Args:
@@ -90,6 +103,8 @@ def read(job: Job, params: PyTree, split: str, rows: np.ndarray, there: np.ndarr
       split: whose questions.
       rows: [Q, K] rows of passages; -1 reads the question alone.
       there: [Q, K] bool, False for what is not read at all.
+      beat: called before each block of questions, by all processes equally often; what it raises
+        ends the reading.
 
     Returns:
       Q answers.
@@ -98,11 +113,15 @@ def read(job: Job, params: PyTree, split: str, rows: np.ndarray, there: np.ndarr
     asked, place = questions.questions[split], job.place
     block = place.pad(max(1, job.config.eval.batch_size // rows.shape[1]))
     texts: list[str] = []
-    for at in range(0, len(asked), block):
-        parts = [_filled(x[at : at + block], block) for x in (asked, rows.astype(np.int32), there)]
-        placed: Sequence[np.ndarray] = place.put(parts, place.examples)
-        found = place.fetch(job.read_step(params["reader"], job.tables, *placed))
-        texts += [questions.text(row) for row in found[: len(asked) - at]]
+    with progress("answering", len(asked), "questions") as advance:
+        for at in range(0, len(asked), block):
+            beat()
+            parts = [x[at : at + block] for x in (asked, rows.astype(np.int32), there)]
+            filled = [_filled(part, block) for part in parts]
+            placed: Sequence[np.ndarray] = place.put(filled, place.examples)
+            found = place.fetch(job.read_step(params["reader"], job.tables, *placed))
+            texts += [questions.text(row) for row in found[: len(asked) - at]]
+            advance(len(parts[0]))
     return texts
 
 

@@ -411,7 +411,7 @@ def profiled(config: ConfigDict) -> range:
     """The steps to trace; none where none are asked for.
 
     Raises:
-      UserError: they cannot be read, or lie outside the run.
+      UserError: they cannot be read, lie outside the run, or are of two kinds.
     """
     text = config.profile.steps
     if not text:
@@ -419,6 +419,12 @@ def profiled(config: ConfigDict) -> range:
     first, colon, last = str(text).partition(":")
     if colon and first.isdecimal() and last.isdecimal():
         steps = range(int(first), int(last))
+        given = config.reader.given_steps if config.reader.weights else 0
+        if steps and steps.start < given < steps.stop:
+            raise UserError(
+                f"config.profile.steps is {text!r}, steps of two kinds: end at step {given}, where "
+                "config.reader.given_steps ends, or begin there"
+            )
         if steps and steps.stop <= config.train.steps:
             return steps
     raise UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -222,6 +222,7 @@ def evaluate(
     label: str = "evaluating",
     search: str = "exact",
     compare: bool = False,
+    beat: Callable[[], None] = lambda: None,
 ) -> Evaluated:
     """Ranks targets for the queries of some splits in one pass, and answers from the best.
 
@@ -240,12 +241,14 @@ def evaluate(
       search: "exact", or "scann" to rank by an index of all targets and measure what it misses.
       compare: where there is a reader, what it answers to the first of the splits from known
         positives, from nothing and from any passages.
+      beat: called between two blocks of answers, as `also` is between two of targets.
 
     Returns:
       Records and rankings by split.
     """
     source = embedder or job.embedder
     ids = _targets_to_rank(job, splits, corpus)
+    read = answering.passages_read(job) if job.questions else 0
     searches: dict[str, Search] = {}
     indexed: dict[str, IndexSearch] = {}
     exact_losses: dict[str, LossMeter] = {}
@@ -253,7 +256,7 @@ def evaluate(
     for split in splits:
         tokens = job.query_tokens[split]
         queries = source.queries(params, tokens)
-        k = min(job.config.eval.top_k, len(ids))
+        k = min(max(job.config.eval.top_k, read), len(ids))
         searches[split] = Search(queries, len(tokens), k=k, place=job.place)
         if search == "scann":
             indexed[split] = IndexSearch(
@@ -300,7 +303,7 @@ def evaluate(
         measured = measure(job.data.splits[split], rankings[split], job.data.target_ids)
         texts = None
         if job.questions and embedder is None:
-            texts, of_answers = answering.answer(job, params, split, rankings[split])
+            texts, of_answers = answering.answer(job, params, split, rankings[split], beat=beat)
             measured = measured.join(of_answers)
         if split in exact_losses:
             measured = measured.join(exact_losses[split].result())
@@ -317,7 +320,7 @@ def evaluate(
         if texts is not None:
             records[split]["answers"] = texts
     if compare and job.questions:
-        records[splits[0]]["read"] = answering.compare(job, params, splits[0])
+        records[splits[0]]["read"] = answering.compare(job, params, splits[0], beat=beat)
     return Evaluated(records, rankings, encoded)
 
 
@@ -381,6 +384,7 @@ def evaluate_run(
             also=[watch],
             search=search,
             compare=True,
+            beat=watch.beat,
         )
     name = name or f"{split}-step-{step}" + ("" if search == "exact" else f"-{search}")
     record = write(job, workdir, name, result.records[split], result.rankings[split])

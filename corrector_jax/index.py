@@ -60,7 +60,7 @@ def parameters(
     times as many as are wanted are scored exactly.
 
     Args:
-      size: rows.
+      size: rows; 0 where a process's devices hold padding alone.
       k: how many of them a query wants.
       leaves: 0 = from `size`.
       searched: 0 = from `leaves` and `k`.
@@ -69,6 +69,7 @@ def parameters(
     Returns:
       The parameters, none of them more than there is.
     """
+    size = max(size, 1)
     leaves = min(leaves or (1 if size < SMALL else round(size**0.5)), size)
     if leaves == 1:
         return Parameters(1, 1, 0)
@@ -81,7 +82,7 @@ class Index:
     """Rows to search by inner product, of `build` or `load`.
 
     Attributes:
-      searcher: ScaNN's.
+      searcher: ScaNN's; None where there are no rows.
       ids: [n] int32, the numbers of its rows among all targets.
       parameters: of these `leaves` is how it was built, the others how it is searched.
     """
@@ -103,6 +104,9 @@ class Index:
           Ids [B, k] int32, best first, -1 where there are no more; scores [B, k] float32, -inf
           there.
         """
+        if not len(self.ids):
+            nothing = np.full((len(queries), k), -1, np.int32)
+            return nothing, np.full(nothing.shape, -np.inf, np.float32)
         finite = np.isfinite(queries).all(axis=1, keepdims=True)
         leaves, searched, reorder = self.parameters
         found, scored = self.searcher.search_batched_parallel(
@@ -174,6 +178,8 @@ def build(ids: np.ndarray, rows: np.ndarray, *, k: int, made: Parameters) -> Ind
       k: the most results a query will want.
       made: of `parameters`.
     """
+    if not len(rows):
+        return Index(None, ids, made)
     builder = _scann().builder(rows, min(k, len(rows)), "dot_product")
     if made.leaves == 1:
         return Index(builder.score_brute_force().build(), ids, made)
@@ -237,7 +243,8 @@ def rows_here(cache: TargetCache) -> tuple[np.ndarray, np.ndarray]:
     Returns:
       Ids [n] int32, rising, and their rows [n, D] float32 on the host, copied.
     """
-    ids, parts = [], []
+    ids = [np.zeros(0, np.int32)]
+    parts = [np.zeros((0, cache.embeddings.shape[1]), np.float32)]
     scales = {} if cache.scale is None else own_rows(cache.scale)
     for first, shard in sorted(own_rows(cache.embeddings).items()):
         count = min(shard.shape[0], cache.size - first)

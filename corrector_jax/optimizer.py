@@ -48,6 +48,21 @@ def delayed(rate: optax.Schedule, updates: int) -> optax.Schedule:
     return lambda count: jnp.where(count < updates, 0.0, rate(jnp.maximum(count - updates, 0)))
 
 
+def held(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same state, in which nothing moves: no parameter, no moment, no count of updates.
+
+    A learning rate of 0 is not the same: Adam would count its updates and take moments of nothing,
+    and the first true ones would be several times too large.
+    """
+
+    def update(
+        grads: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        return jax.tree.map(jnp.zeros_like, grads), state
+
+    return optax.GradientTransformation(tx.init, update)
+
+
 def beside_reader(
     encoders: optax.GradientTransformation,
     reader: optax.GradientTransformation,

@@ -77,8 +77,9 @@ class Program:
       place: the mesh.
       model: the dual encoder.
       method: the strategy as the step sees it.
-      learning_rate: by update.
+      learning_rate: of the encoders, by update of the run.
       tx: the task optimizer.
+      given_tx: the same while a reader learns to read: only it moves.
       corrector_tx: the corrector's optimizer.
       answering: how a reader's answers train; None where positives do.
     """
@@ -90,6 +91,7 @@ class Program:
     method: Method
     learning_rate: optax.Schedule
     tx: optax.GradientTransformation
+    given_tx: optax.GradientTransformation
     corrector_tx: optax.GradientTransformation
     answering: Answering | None = None
 
@@ -223,7 +225,7 @@ class Program:
     def given_step(self) -> Wrapped:
         """The step of a reader that learns to read, jitted likewise."""
         step = functools.partial(
-            given_step, answering=self._answering, tx=self.tx, place=self.place
+            given_step, answering=self._answering, tx=self.given_tx, place=self.place
         )
         out = (self.state_sharding, self.place.rows, self.place.everywhere)
         return self.place.jit_step(step, out, donate=(0, 1))
@@ -352,11 +354,12 @@ def make_program(
         warmup=train.warmup // train.accumulate,
         steps=(train.steps - given) // train.accumulate,
     )
-    learning_rate = optimizer.delayed(learning_rate, given // train.accumulate)
-    tx = _task_optimizer(config, learning_rate)
+    tx = given_tx = _task_optimizer(config, learning_rate)
     if reader:
-        tx = optimizer.beside_reader(
-            tx, _task_optimizer(config, _reader_rate(config)), frozen=_frozen_names(config)
+        of_reader = _task_optimizer(config, _reader_rate(config))
+        tx, given_tx = (
+            optimizer.beside_reader(of_encoders, of_reader, frozen=_frozen_names(config))
+            for of_encoders in (tx, optimizer.held(tx))
         )
         of_encoders = _below(f"({'|'.join(TOWERS)})", model.axes())
         whole = dataclasses.replace(
@@ -370,8 +373,9 @@ def make_program(
         place=whole,
         model=model,
         method=_method(config, size, model, whole),
-        learning_rate=learning_rate,
+        learning_rate=optimizer.delayed(learning_rate, given // train.accumulate),
         tx=tx,
+        given_tx=given_tx,
         corrector_tx=optimizer.corrector_optimizer(
             peak=config.corrector.learning_rate, warmup=config.corrector.warmup
         ),

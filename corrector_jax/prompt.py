@@ -130,10 +130,11 @@ def printable(text: str) -> str:
 
 
 def _wrapped(pieces: Sequence[Piece], width: int) -> Iterator[list[Piece]]:
-    """Lines of at most `width` characters, broken between words where there is a blank."""
+    """Lines of at most `width` characters, broken between words where they fit."""
     line: list[Piece] = []
     used = 0
-    for word in _whole_words(pieces):
+    parts = (part for word in _whole_words(pieces) for part in _cut(word, width))
+    for word in parts:
         length = sum(len(piece.text) for piece in word)
         if used and used + length > width:
             yield line
@@ -156,6 +157,19 @@ def _whole_words(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
             yield word
             word = [Piece(printable(other), marked)]
     yield word
+
+
+def _cut(word: Sequence[Piece], width: int) -> Iterator[list[Piece]]:
+    """A word in parts of at most `width` characters; some scripts write no blanks."""
+    part: list[Piece] = []
+    left = width = max(width, 1)
+    for text, marked in word:
+        while len(text) > left:
+            yield [*part, Piece(text[:left], marked)]
+            text, part, left = text[left:], [], width
+        part.append(Piece(text, marked))
+        left -= len(text)
+    yield part
 
 
 def _fit(pieces: Sequence[Piece], width: int, bold: bool) -> str:

@@ -120,6 +120,11 @@ def load_reader(config: ConfigDict, tokenizer_json: str) -> LoadedReader:
             f"{name}: the tokenizer pads with {tokenizer.pad_id} but the reader with "
             f"{found.encoder.pad_id}: give tokenizer and weights of one model"
         )
+    if tokenizer.end_id != found.end_id:
+        raise UserError(
+            f"{name}: the tokenizer ends a text with {tokenizer.end_id} but the reader an answer "
+            f"with {found.end_id}: give tokenizer and weights of one model"
+        )
     clothes = Clothes(
         config=files.config,
         names=frozenset(files.tensors),
@@ -215,7 +220,8 @@ def ask(
     """
     reader, own = config.reader, loaded.tokenizer
     alike = own.fingerprint == tokenizer.fingerprint and prefix == reader.passage_prefix
-    if not alike or reader.passage_max_len > tokens.ids.shape[1]:
+    # One cut shorter later would have lost its end token.
+    if not alike or reader.passage_max_len != tokens.ids.shape[1]:
         table = token_table(
             data.target_texts,
             own,

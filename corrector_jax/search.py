@@ -201,7 +201,7 @@ class Searcher:
         return tokens[:, :width] if (tokens[:, width:] == pad_id).all() else tokens
 
     def _answer(self, query: str, found: dict[str, Found], i: int, count: int) -> Answer:
-        positives = self._known.get(query, set())
+        positives = self._known.get(_spaced(query), set())
         data = self.job.data
         ranks = {
             name: {int(row): rank for rank, row in enumerate(one.ranking.rows[i], 1) if row >= 0}
@@ -226,21 +226,21 @@ class Searcher:
 
     @functools.cached_property
     def _known(self) -> dict[str, set[int]]:
-        """Query of any split -> rows of its known positives."""
-        return {
-            text: set(rows.tolist())
-            for split in self.job.data.splits.values()
-            for text, rows in zip(split.texts, split.positives, strict=True)
-        }
+        """Query of any split, as `require_query` leaves it -> rows of its known positives."""
+        known: dict[str, set[int]] = {}
+        for split in self.job.data.splits.values():
+            for text, rows in zip(split.texts, split.positives, strict=True):
+                known.setdefault(_spaced(text), set()).update(rows.tolist())
+        return known
 
 
 def require_query(text: str) -> str:
-    """A query without blanks around it.
+    """A query with one blank between its words and none around them.
 
     Raises:
       UserError: it is empty or too long.
     """
-    query = " ".join(text.split())
+    query = _spaced(text.encode(errors="replace").decode())  # of half a character a "?" is left
     if not query:
         raise UserError("the query is empty: write a few words")
     if len(query) > LONGEST:
@@ -322,3 +322,7 @@ def _empty(job: Job) -> TargetCache:
         block_rows=job.config.negatives.block_rows,
         place=job.place,
     )
+
+
+def _spaced(text: str) -> str:
+    return " ".join(text.split())

@@ -5,7 +5,7 @@
     /search?query= what every model finds, as JSON
 
 Answers come from one place, a batch at a time: who asks while the devices are busy is answered with
-the others who do. Nothing is written and nothing but this is served.
+the others who do. Once it serves, nothing is written, and nothing but this is served.
 """
 
 from __future__ import annotations
@@ -250,10 +250,11 @@ def _listening(host: str, port: int) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter of a name that none can have
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{where} cannot be listened at ({error.strerror or error}): write others, or port 0 "
-            "for any that is free"
+            f"{where} cannot be listened at ({reason}): write others, or port 0 for any that is "
+            "free"
         ) from error
 
 

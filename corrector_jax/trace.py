@@ -29,8 +29,9 @@ PARTS = {
     "sweep": "sweep of the cache",
     "encode_queries": "encode queries",
     "encode_targets": "encode targets",
+    "reader": "read the passages",
     "train_corrector": "train the corrector",
-    "update_encoders": "update the encoders",
+    "update_encoders": "update encoders and reader",
 }
 """Scope of the step -> what it is; the first that a path names counts."""
 
@@ -178,7 +179,8 @@ def own_times(line: list[Event]) -> Iterator[tuple[Event, float]]:
     """
     around: list[tuple[Event, float]] = []
     for event in sorted(line, key=lambda event: (event.start, -event.duration)):
-        while around and around[-1][0].start + around[-1][0].duration <= event.start:
+        # A picosecond, in which times are counted: as floats, ends and starts are not quite equal.
+        while around and around[-1][0].start + around[-1][0].duration <= event.start + 1e-3:
             yield around.pop()
         if around:
             outer, own = around.pop()

@@ -436,6 +436,7 @@ def before(run: Run, state: TrainState, cache: TargetCache | None) -> TargetCach
         psi=psi,
         also=fill,
         label="embedding the corpus",
+        beat=run.check,
     )
     if cache is not None and psi is None:
         cache = filled.cache
@@ -578,6 +579,7 @@ def during(run: Run, state: TrainState, cache: TargetCache | None) -> float:
         cache=cache,
         psi=state.corrector.gated,
         also=[run],
+        beat=run.check,
     )
     run.position.ledger["evaluation"] += result.encoded
     run.writer.scalars(run.position.step, result.scalars(run.job.data.name))
@@ -602,6 +604,7 @@ def after(run: Run, state: TrainState, cache: TargetCache | None) -> None:
         psi=state.corrector.gated,
         also=[run] if watched is None else [run, watched],
         compare=True,
+        beat=run.check,
     )
     run.position.ledger["evaluation"] += result.encoded
     keep(run, "after", result)

@@ -90,6 +90,16 @@ def test_the_ledger_counts_given_steps_as_steps_without_targets(workdir):
     }
 
 
+def test_the_encoders_optimizer_begins_behind_the_given_steps(saved):
+    _, state, _ = saved
+    counts = {
+        name: {int(leaf) for path, leaf in jax.tree.leaves_with_path(inner) if "count" in str(path)}
+        for name, inner in state.opt_state.inner_states.items()
+    }
+    assert counts["encoders"] == {8}
+    assert counts["reader"] == {10}
+
+
 def test_metrics_of_given_steps_and_of_others_do_not_mix(workdir):
     found = [row for row in rows(workdir) if "train/loss" in row]
     assert ["train/drift" in row for row in found] == [False] * 2 + [True] * 8
@@ -113,6 +123,17 @@ def test_what_was_answered_is_what_is_measured(workdir, saved):
         for best, accepted in zip(found.rows, split.answers, strict=True)
     ]
     assert record["metrics"]["answer_recall@5"] == np.mean(held)
+
+
+def test_reading_can_be_stopped_between_two_blocks(saved):
+    job, state, _ = saved
+
+    def stop() -> None:
+        raise PreemptedError("the test")
+
+    rows = np.zeros((tiny.HELD_OUT, 3), np.int32)
+    with pytest.raises(PreemptedError):
+        answering.read(job, state.params, "test", rows, rows >= 0, beat=stop)
 
 
 def test_the_exported_reader_answers_as_the_trained_one(workdir, saved):

@@ -193,3 +193,16 @@ def test_an_index_json_of_anything_else_is_no_index(tmp_path, content):
     (tmp_path / "index.json").write_text(content)
     with pytest.raises(DamagedError, match="holds no index"):
         index.load(tmp_path, numbers(), cache="abc", made=MADE)
+
+
+def test_a_process_that_holds_padding_alone_finds_nothing(monkeypatch):
+    """Its devices come behind the last target: 67 of 512 rows, of which it has the last 64."""
+    cache = oracle.filled(problem()[0][:67], make_placement(8), block_rows=4)
+    monkeypatch.setattr(index, "own_rows", lambda array: {448: np.zeros((64, DIM), np.float32)})
+    ids, rows = index.rows_here(cache)
+    assert (ids.shape, rows.shape) == ((0,), (0, DIM))
+    made = index.parameters(len(ids), K, leaves=8)
+    found, scores = index.build(ids, rows, k=K, made=made).search(problem()[1], K)
+    assert (found == -1).all()
+    assert (scores == -np.inf).all()
+    assert found.shape == scores.shape == (33, K)

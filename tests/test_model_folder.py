@@ -8,12 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from corrector_jax import model_folder, weights
+from corrector_jax import config as configs
+from corrector_jax import model_folder, reading, weights
 from corrector_jax.models.bert import BertConfig
 from corrector_jax.models.dual_encoder import DualEncoder, Encoder, Projection
 from corrector_jax.models.pretrained import encoder_config, params_from, reader_config
 from corrector_jax.models.reader import Reader, ReaderConfig
 from corrector_jax.models.t5 import T5Config
+from corrector_jax.types import UserError
 from tests import tiny
 
 CONFIG = BertConfig(
@@ -160,3 +162,20 @@ def test_a_reader(tmp_path, kind, config):
         "pad_token_id": 0,
     }
     assert (out / "README.md").read_text() == "# A card\n"
+
+
+@pytest.mark.parametrize(("end_id", "fits"), [(3, True), (1, False)])
+def test_a_reader_ends_answers_as_its_tokenizer_ends_texts(tmp_path, end_id, fits):
+    sizes = ReaderConfig(T5Config(120, 8, 1, 2, 4, 12), 1, end_id=end_id)
+    shapes = jax.eval_shape(Reader(sizes).init, jax.random.key(0))
+    params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
+    text = (tiny.write_tokenizer(tmp_path / "t") / "tokenizer.json").read_text()
+    clothes = model_folder.Clothes({}, frozenset(), {}, text, {}, "[PAD]")
+    model_folder.write_reader(tmp_path / "out", params, config=sizes, clothes=clothes, card="")
+    config = configs.default()
+    config.reader.weights = str(tmp_path / "out")
+    if fits:
+        assert reading.load_reader(config, "").reader.config == sizes
+    else:
+        with pytest.raises(UserError, match="ends a text with 3 but the reader an answer with 1"):
+            reading.load_reader(config, "")

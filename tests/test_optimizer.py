@@ -137,6 +137,30 @@ def test_the_corrector_ramps_up_after_the_start_and_after_every_reset():
     np.testing.assert_allclose(again, moves[:2])
 
 
+def test_encoders_that_are_held_begin_as_if_nothing_had_been_before():
+    """Adam's bias correction counts updates: those in which nothing moved are none."""
+    params = {"query": PARAMS, "reader": PARAMS}
+    held = optimizer.beside_reader(optimizer.held(task()), task())
+    whole = optimizer.beside_reader(task(), task())
+    first, then = gradients(30), gradients(6, seed=1)
+
+    def both(grads):
+        return {"query": jax.tree.map(jnp.zeros_like, PARAMS), "reader": grads}
+
+    state = held.init(params)
+    assert jax.tree.structure(state) == jax.tree.structure(whole.init(params))
+    for grads in first:
+        updates, state = oracle.jit(held.update)(both(grads), state, params)
+        params = optax.apply_updates(params, updates)
+    close(params["query"], PARAMS, rtol=0)
+    close(params["reader"], run(task(), first)[-1], rtol=1e-6)
+    for grads in then:
+        updates, state = oracle.jit(whole.update)({"query": grads, "reader": grads}, state, params)
+        params = optax.apply_updates(params, updates)
+    close(params["query"], run(task(), then)[-1], rtol=1e-6)
+    close(params["reader"], run(task(), [*first, *then])[-1], rtol=1e-6)
+
+
 def test_a_delayed_schedule_is_the_same_later():
     rate = optimizer.schedule("linear", peak=0.5, warmup=3, steps=10)
     later = jax.vmap(optimizer.delayed(rate, 4))(jnp.arange(14))

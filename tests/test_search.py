@@ -69,6 +69,36 @@ def test_known_positives_are_told_apart(searcher):
     assert relevant == {searcher.job.data.target_ids[row] for row in split.positives[0]}
 
 
+def test_known_positives_of_equal_queries_add_up_whatever_their_blanks(searcher, monkeypatch):
+    split = searcher.job.data.splits["test"]
+    texts = [f" {split.texts[0].replace(' ', '  ')} ", split.texts[0], *split.texts[2:]]
+    known = [np.array([0]), np.array([5]), *split.positives[2:]]
+    changed = split._replace(texts=texts, positives=known)
+    monkeypatch.setitem(searcher.job.data.splits, "test", changed)
+    monkeypatch.delitem(searcher.__dict__, "_known", raising=False)
+    for text in texts[:2]:
+        (answer,) = searcher.answers([text], count=min(DEPTH, searcher.job.size))
+        relevant = {hit.target for hit in answer.hits["final"] if hit.relevant}
+        assert relevant == {searcher.job.data.target_ids[row] for row in (0, 5)}
+    del searcher.__dict__["_known"]
+
+
+def test_half_a_character_is_a_question_mark():
+    assert search.require_query("a \udcff  b") == "a ? b"
+
+
+@pytest.mark.parametrize("width", [1, 4, 9])
+def test_words_longer_than_a_line_go_on_in_the_next(width):
+    pieces = [prompt.Piece("東京都の人口は", False), prompt.Piece("約千四百万人", True)]
+    pieces.append(prompt.Piece("である and so on", False))
+    lines = list(prompt._wrapped(pieces, width))
+    assert all(sum(len(piece.text) for piece in line) <= width for line in lines)
+    marked = "".join(piece.text for line in lines for piece in line if piece.marked)
+    assert marked == "約千四百万人"
+    said = "".join(piece.text for line in lines for piece in line)
+    assert said.replace(" ", "") == "東京都の人口は約千四百万人であるandsoon"
+
+
 def test_targets_are_embedded_once_for_each_weights(finished, searcher, tmp_path, monkeypatch):
     assert (finished / "search" / "final").exists()
     assert not (finished / "search" / "before").exists()  # the first snapshot serves

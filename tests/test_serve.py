@@ -171,6 +171,8 @@ def test_an_address_that_cannot_be_listened_at_and_what_is_missing_are_named(tmp
             serve.serve_run(tmp_path, port=port, **arguments)
     with pytest.raises(UserError, match=r"config\.serve\.port 70000"):
         serve.serve_run(tmp_path, port=70000, **arguments)
+    with pytest.raises(UserError, match=r"config\.serve\.host 'a\.\.b' and"):
+        serve.serve_run(tmp_path, port=0, **{**arguments, "host": "a..b"})
     with pytest.raises(UserError, match=r"holds no config\.json"):
         serve.serve_run(tmp_path, port=0, **arguments)
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)

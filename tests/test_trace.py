@@ -43,6 +43,12 @@ def test_time_is_told_apart_by_scope_and_what_lies_inside_counts_once():
     }  # fmt: skip
 
 
+def test_what_begins_where_another_ends_is_not_inside_of_it():
+    """Picoseconds: as floats, 1.1 + 2.2 lies behind 3.3."""
+    line = [Event("a", 1.1, 2.2), Event("b", 3.3, 1.0)]
+    assert {event.name: own for event, own in own_times(line)} == {"a": 2.2, "b": 1.0}
+
+
 @given(st.recursive(st.integers(0, 5), lambda inside: st.lists(inside, max_size=4), max_leaves=12))
 def test_own_times_add_up_to_the_time_something_ran(tree):
     events, clock = [], 0
@@ -113,3 +119,14 @@ def test_steps_that_cannot_be_traced_are_refused(steps):
     config.profile.steps = "990:1000"
     configs.validate(config)
     assert configs.profiled(config) == range(990, 1000)
+
+
+def test_steps_of_two_kinds_are_not_traced_as_one():
+    config = configs.default()
+    config.reader.weights, config.reader.given_steps = "random", 100
+    for steps in ("90:100", "100:110"):
+        config.profile.steps = steps
+        assert len(configs.profiled(config)) == 10
+    config.profile.steps = "95:105"
+    with pytest.raises(UserError, match="steps of two kinds: end at step 100"):
+        configs.profiled(config)

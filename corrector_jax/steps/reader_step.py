@@ -94,7 +94,8 @@ def read(
     text = rows[:, : answering.passage_len].reshape(*ids.shape, -1)
     text = pack(question, jnp.where((ids >= 0)[:, :, None], text, pad), pad_id=pad)
     text = place.split(jnp.where(there[:, :, None], text, pad))
-    return answering.reader.encode(tree, text)
+    with jax.named_scope("reader"):
+        return answering.reader.encode(tree, text)
 
 
 def answer_loss(
@@ -146,11 +147,14 @@ def answer_loss(
         tree, tables, batch.asked.question, chosen.ids, chosen.there,
         answering=answering, place=place,
     )  # fmt: skip
-    reading = Reading(reader.each(tree, passages, answer), chosen.there, here)
+    with jax.named_scope("reader"):
+        alone = reader.each(tree, passages, answer)
+        together = reader.fused(tree, passages, answer) if answering.fused else None
+    reading = Reading(alone, chosen.there, here)
     of_retriever = answering.loss(scores, reading)
     of_reader = jnp.zeros_like(of_retriever)
-    if answering.fused:
-        of_reader = reader_losses.fused(reader.fused(tree, passages, answer), here)
+    if together is not None:
+        of_reader = reader_losses.fused(together, here)
     each = of_retriever + answering.fused * of_reader
     loss = jnp.sum(jnp.where(valid, each, 0.0)) / jnp.maximum(valid.sum(), 1)
     measured = {
@@ -202,8 +206,9 @@ def answer_step(
         model=model, answering=answering, method=method, place=place,
     )  # fmt: skip
     chosen, pool, queries, measured = made_of
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("update_encoders"):
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
     norms = _norms(grads)
     measured |= norms | {"loss": Mean(loss, jnp.float32(1.0))}
     if model.learn_beta:
@@ -264,7 +269,9 @@ def given_loss(
     )  # fmt: skip
     answer = jnp.asarray(batch.asked.answer)
     here = (answer != answering.reader.config.encoder.pad_id) & valid[:, None]
-    each = reader_losses.fused(answering.reader.fused(tree, passages, answer), here)
+    with jax.named_scope("reader"):
+        together = answering.reader.fused(tree, passages, answer)
+    each = reader_losses.fused(together, here)
     return jnp.sum(jnp.where(valid, each, 0.0)) / jnp.maximum(valid.sum(), 1)
 
 
@@ -288,7 +295,7 @@ def given_step(
       batch: queries [B, T], their positives [B], and an answer each.
       key: this step's key.
       answering: how answers train.
-      tx: the optimizer, whose learning rate for the encoders is 0 as yet.
+      tx: the optimizer, which holds the encoders as they are.
       place: the mesh.
 
     Returns:
@@ -299,8 +306,9 @@ def given_step(
         return given_loss(params["reader"], tables, batch, key, answering=answering, place=place)
 
     loss, grads = jax.value_and_grad(loss_of)(state.params)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("update_encoders"):
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
     norms, one = _norms(grads), jnp.float32(1.0)
     measured = norms | {"loss": Mean(loss, one), "reader_loss": Mean(loss, one)}
     new = TrainState(state.step, params, opt_state, state.corrector)
