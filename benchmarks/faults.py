@@ -388,7 +388,9 @@ def ending(workdir: Path, kind: Kind) -> dict[str, Any]:
     found = {}
     for pattern in kind.leaves:
         for path in workdir.glob(pattern):
-            if path.is_file() and path.name not in ("lock", "progress.json"):
+            # What begins with a dot is what a killed process was writing.
+            kept = not path.name.startswith(".") and path.name not in ("lock", "progress.json")
+            if path.is_file() and kept:
                 content = hashlib.sha256(path.read_bytes()).hexdigest()
                 found[path.relative_to(workdir).as_posix()] = content
     return found

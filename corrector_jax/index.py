@@ -209,14 +209,45 @@ def load(folder: AnyPath, ids: np.ndarray, *, cache: str, made: Parameters) -> I
     Raises:
       DamagedError: it is missing, of something else, or not what was saved.
     """
-    try:
-        manifest = paths.read_json(folder / "index.json")
-        files: dict[str, str] = dict(manifest.pop("files"))
-        there = {path.name for path in folder.iterdir()} - {"index.json"}
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise DamagedError(f"{folder} holds no index ({type(error).__name__})") from error
+    manifest, files = _manifest(folder)
     if manifest != {"format": FORMAT, **_named(made, ids, cache)}:
         raise DamagedError(f"{folder} is an index of something else")
+    _require_whole(folder, files)
+    with _on_disk(folder) as place:
+        if place != folder:
+            for name in files:
+                (place / name).write_bytes((folder / name).read_bytes())
+        return Index(_scann().load_searcher(str(place)), ids, made)
+
+
+def check(folder: AnyPath) -> int:
+    """Holds the files of a saved index against their digests.
+
+    Args:
+      folder: of `Index.save`.
+
+    Returns:
+      Their bytes.
+
+    Raises:
+      DamagedError: it is not what was saved.
+    """
+    _, files = _manifest(folder)
+    _require_whole(folder, files)
+    return sum((folder / name).stat().st_size for name in files)
+
+
+def _manifest(folder: AnyPath) -> tuple[dict[str, Any], dict[str, str]]:
+    """What index.json says, and the files it names with their digests."""
+    try:
+        manifest = paths.read_json(folder / "index.json")
+        return manifest, dict(manifest.pop("files"))
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise DamagedError(f"{folder} holds no index ({type(error).__name__})") from error
+
+
+def _require_whole(folder: AnyPath, files: dict[str, str]) -> None:
+    there = {path.name for path in folder.iterdir()} - {"index.json"}
     # Nothing but what was written: ScaNN would unpickle a file of ids, which is never one of ours.
     if there != set(files) or any(name.endswith(".pkl") for name in there):
         raise DamagedError(f"{folder} does not hold the files that were saved")
@@ -227,11 +258,6 @@ def load(folder: AnyPath, ids: np.ndarray, *, cache: str, made: Parameters) -> I
             raise DamagedError(f"{folder / name} cannot be read ({error.strerror})") from error
         if not same:
             raise DamagedError(f"{folder / name} is not what was saved: its sha256 differs")
-    with _on_disk(folder) as place:
-        if place != folder:
-            for name in files:
-                (place / name).write_bytes((folder / name).read_bytes())
-        return Index(_scann().load_searcher(str(place)), ids, made)
 
 
 def rows_here(cache: TargetCache) -> tuple[np.ndarray, np.ndarray]:

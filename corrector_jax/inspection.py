@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from corrector_jax import snapshot
+from corrector_jax import index, snapshot
 from corrector_jax.checkpoint import Checkpoints
 from corrector_jax.evaluate import saved_config
 from corrector_jax.paths import AnyPath
@@ -61,6 +61,12 @@ def inspect_run(workdir: AnyPath) -> bool:
         )
         made_by = manifest["made_by"].items()
         say("    made by " + ", ".join(f"{field} {_short(value)}" for field, value in made_by))
+        for place in sorted(folder.glob("index-*"), key=str):
+            try:
+                say(f"    {place.name}  {_bytes(index.check(place))}  good")
+            except DamagedError as error:
+                good = False
+                say(f"    {place.name}  DAMAGED, a resumed run makes it anew: {error}")
     if newest is not None:
         hours = newest.seconds / 3600
         say(f"step {newest.step:,} after {hours:.2f} hours; targets encoded:")

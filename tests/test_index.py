@@ -112,6 +112,8 @@ def test_what_is_not_there_is_padded_and_a_query_that_is_not_finite_finds_nothin
 def test_a_saved_index_finds_what_it_found(tmp_path, scheme):
     folder = paths.make(f"{scheme}{tmp_path}/index")
     built().save(folder, cache="abc")
+    files = [path for path in folder.iterdir() if path.name != "index.json"]
+    assert index.check(folder) == sum(path.stat().st_size for path in files)
     found = index.load(folder, numbers(), cache="abc", made=MADE).search(problem()[1], K)
     for one, other in zip(found, built().search(problem()[1], K), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -123,6 +125,9 @@ def test_a_damaged_index_or_one_of_something_else_is_not_loaded(tmp_path):
     def refused(said: str, cache: str = "abc", ids: np.ndarray | None = None) -> None:
         with pytest.raises(DamagedError, match=said):
             index.load(folder, numbers() if ids is None else ids, cache=cache, made=MADE)
+        if "something else" not in said:
+            with pytest.raises(DamagedError, match=said):
+                index.check(folder)
 
     refused("holds no index")
     built().save(folder, cache="abc")

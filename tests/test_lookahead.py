@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from corrector_jax import index
 from corrector_jax.checkpoint import Checkpoints
 from corrector_jax.evaluate import evaluate_run
+from corrector_jax.inspection import inspect_run
 from corrector_jax.job import make_job
 from corrector_jax.lookahead import Nothing, make_lookahead
 from corrector_jax.preemption import PreemptedError, Preemption
@@ -75,6 +77,18 @@ def test_candidates_of_the_next_batch_are_saved_and_not_those_of_any_other(folde
     rows = list(map(json.loads, (alone / "metrics.jsonl").read_text().splitlines()))
     assert all(0 <= row["train/tail_share"] <= 1 for row in rows if "train/loss" in row)
     assert {path.name for path in (alone / "cache" / "4").glob("index*")} == {"index-0-of-1"}
+
+
+def test_inspecting_a_run_looks_at_its_index_too(alone, tmp_path, capsys):
+    assert inspect_run(alone)
+    assert re.search(r"index-0-of-1  \S+ \wB  good", capsys.readouterr().out)
+    workdir = shutil.copytree(alone, tmp_path / "run")
+    path = workdir / "cache" / "4" / "index-0-of-1" / "hashed_dataset.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert not inspect_run(workdir)
+    assert "index-0-of-1  DAMAGED, a resumed run makes it anew" in capsys.readouterr().out
 
 
 def test_stopped_again_and_again_it_ends_as_if_nothing_had_happened(folder, alone, monkeypatch):
