@@ -61,7 +61,8 @@ def inspect_run(workdir: AnyPath) -> bool:
         )
         made_by = manifest["made_by"].items()
         say("    made by " + ", ".join(f"{field} {_short(value)}" for field, value in made_by))
-        for place in sorted(folder.glob("index-*"), key=str):
+        indices = [path for path in folder.iterdir() if path.name.startswith("index-")]
+        for place in sorted(indices, key=str):
             try:
                 say(f"    {place.name}  {_bytes(index.check(place))}  good")
             except DamagedError as error:
