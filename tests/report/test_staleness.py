@@ -188,7 +188,6 @@ def events(file):
     "change",
     [
         {"stale": np.zeros((3, 4), np.float32)},
-        {"stale": np.full((8, 4), np.nan, np.float32)},
         {"stale": np.zeros((8, 4), np.int32)},
         dict.fromkeys(("stale", "corrected", "fresh"), np.zeros((0, 4), np.float32)),
         dict.fromkeys(("stale", "corrected", "fresh"), np.zeros(4, np.float32)),
