@@ -354,7 +354,7 @@ def steps_of(mesh):
     program = make_program(config_of(), Encoder(BERT), N, place, READER)
     # Plain descent shows gradients as they are, and its state is the gradient itself.
     tx = optax.chain(optax.trace(0.0), optax.sgd(0.05))
-    program = dataclasses.replace(program, tx=tx)
+    program = dataclasses.replace(program, tx=tx, given_tx=tx)
     place = program.place
     numbers = np.random.default_rng(5)
     corpus = numbers.integers(6, 40, (N, 6)).astype(np.uint16)
