@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     c.train.learning_rate = 2e-5
     c.negatives.draws = 8
     c.negatives.block_rows = 128
-    c.corrector.kind = "linear"  # as good as an mlp, at half of its sweep or less: docs/scale.md
+    c.corrector.hidden = 256  # the sweep's work: docs/scale.md
     c.corrector.probe_every = 250
     c.cache.dtype = "bfloat16"
     c.cache.sweep_mib = 256
