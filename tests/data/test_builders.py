@@ -338,6 +338,17 @@ def test_records_that_cannot_be_read_are_said_so(tmp_path):
     assert not Tfds.found_in(path)
 
 
+@pytest.mark.parametrize("content", ["{", '["corpus"]', "5"])
+def test_metadata_that_are_none_are_refused(tmp_path, content):
+    published_files.write("msmarco", tmp_path)
+    builders.prepare("msmarco", tmp_path, verify=False)
+    path = tmp_path / "retrieval_queries" / "msmarco"
+    (metadata,) = path.rglob("metadata.json")
+    metadata.write_text(content)
+    with pytest.raises(UserError, match="msmarco cannot be read"):
+        Tfds(path)
+
+
 @pytest.mark.parametrize("corpus", ["../../elsewhere", "/etc", "", None, 5])
 def test_a_corpus_is_beside_its_queries_and_nowhere_else(tmp_path, corpus):
     published_files.write("msmarco", tmp_path)

@@ -36,7 +36,10 @@ class Tfds:
           UserError: one is missing, or holds other data.
         """
         queries = _open(path, "queries")
-        named = (queries.info.metadata or {}).get("corpus")
+        try:
+            named = (queries.info.metadata or {}).get("corpus")
+        except Exception as error:  # read only now, by the same parsers
+            raise _unreadable(path, error) from error
         if not isinstance(named, str) or not paths.is_plain(named):
             raise _unreadable(path, ValueError(f"its corpus is {shown(named)}"))
         corpus = path.parent.parent / "retrieval_corpus" / named
