@@ -199,7 +199,8 @@ def _tar(rng: random.Random, content: bytes, outside: Path) -> bytes:
         members = old.getmembers()
         chosen = rng.randrange(len(members))
         for number, member in enumerate(members):
-            data = old.extractfile(member)
+            # By a mutation before it may be a link by now, or a device.
+            data = old.extractfile(member) if member.isfile() else None
             inner = data.read() if data else b""
             if number == chosen:
                 kind = rng.choice(("name", "absolute", "link", "device", "bomb", "text", "twice"))
