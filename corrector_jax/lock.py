@@ -156,6 +156,8 @@ class Lock:
             record = paths.read_json(self._path)
         except FileNotFoundError:
             return {}
+        except IsADirectoryError as error:
+            raise UserError(f"{self._path} is a folder and no lock: remove it") from error
         except ValueError:
             return {"host": "another machine"}  # half written: somebody is there
         return record if isinstance(record, dict) else {}

@@ -119,3 +119,9 @@ def test_a_lock_of_somebody_elses_making_is_told_in_one_line(tmp_path, content):
             Lock(tmp_path / "run").__enter__()
     assert str(error.value).isprintable()
     assert len(str(error.value)) < 400 + len(str(tmp_path))
+
+
+def test_a_folder_in_its_place_is_no_lock(tmp_path):
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(UserError, match="lock is a folder and no lock: remove it"):
+        Lock(tmp_path).holder()
