@@ -103,13 +103,13 @@ def _require_same(one: str, first: Any, label: str, other: Any, same_queries: bo
         if None not in values and values[0] != values[1]:
             shown = " and ".join(str(value)[:16] for value in values)
             raise UserError(
-                f"{one} and {label} were evaluated on different data ({key} of results.json: {shown}): "
-                "compare runs of the same data and split"
+                f"{one} and {label} were evaluated on different data ({key} of results.json: "
+                f"{shown}): compare runs of the same data and split"
             )
     if not same_queries:
         raise UserError(
-            f"{one} and {label} were evaluated on different queries (runs/after.trec): compare runs "
-            "of the same data and split"
+            f"{one} and {label} were evaluated on different queries (runs/after.trec): compare "
+            "runs of the same data and split"
         )
 
 
