@@ -183,8 +183,8 @@ def train(steps: int) -> dict[str, Any]:
                 *(f"--workdir={folder}/run", *flags),
             ],
             cwd=ROOT,
+            env=os.environ | {"XLA_FLAGS": tiny.xla_flags(keys["mesh.devices"])},
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
             text=True,
         )
         with watched(process) as mib:

@@ -164,7 +164,7 @@ class Index:
 _TABLES = ("target_ids", "target_texts", "target_keys")
 _NOTHING: dict[str, Any] = {
     **dict.fromkeys(_TABLES, (0, 0)),
-    **{"size": 0, "taken": 0, "whole": False, "rows": 0, "refused": {}},
+    **{"size": 0, "taken": 0, "whole": False, "rows": 0, "refused": {}, "keys": ""},
 }
 
 
@@ -195,6 +195,7 @@ class _Targets:
         state = _progress(file) if file.exists() else _NOTHING
         self._size, self._taken, self._whole = state["size"], state["taken"], state["whole"]
         self._names, self._contents = Index(), Index()
+        self._digest = hashlib.sha256()  # of all keys: what finds a target has to be right
         rows.refused |= {where: Refused(*one) for where, one in state["refused"].items()}
         if self._whole:
             rows.total = state["rows"]
@@ -206,8 +207,10 @@ class _Targets:
             if self._size:
                 say(f"{self._size:,} targets were read before: going on behind them")
                 keys = np.fromfile(place / "target_keys.data", np.uint64)
-                if len(keys) != 2 * self._size:
-                    raise damaged(file)
+                self._digest.update(keys.tobytes())
+                # Progress of an earlier version says nothing of its keys.
+                if len(keys) != 2 * self._size or state["keys"] not in ("", self._said()):
+                    raise damaged(place / "target_keys.data")
                 keys = keys.reshape(-1, 2)
                 self._names.add(keys[:, 0], 0)
                 self._contents.add(keys[:, 1], 0)
@@ -320,6 +323,7 @@ class _Targets:
             "whole": whole,
             "rows": self._rows.total,
             "refused": self._rows.refused,
+            "keys": self._said(),
         }
         paths.write(self._place / "progress.json", json.dumps(state))
 
@@ -330,8 +334,12 @@ class _Targets:
         self._tables["target_ids"].texts(name for name, _ in targets)
         self._tables["target_texts"].texts(text for _, text in targets)
         self._tables["target_keys"].blobs([row.tobytes() for row in keys])
+        self._digest.update(keys.tobytes())
         self._size += len(targets)
         return keys
+
+    def _said(self) -> str:
+        return self._digest.hexdigest()
 
     def _render(self, target: Target) -> str:
         text = render_target(self._template, title=target.title, text=target.text)

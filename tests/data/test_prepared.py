@@ -309,3 +309,16 @@ def test_progress_that_nobody_wrote_is_damage(tmp_path: Path, change):
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(UserError, match="is damaged: remove the folder"):
         load(folder)
+
+
+def test_a_flipped_bit_in_the_keys_of_a_killed_process_is_damage(tmp_path: Path):
+    folder = written.beir(tmp_path / "tiny")
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nno\tt1\t1\n")
+    with pytest.raises(UserError, match="'no' is not in"):
+        load(folder)
+    (path,) = (tmp_path / "cache").rglob("target_keys.data")
+    content = bytearray(path.read_bytes())
+    content[3] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"target_keys\.data is damaged: remove the folder"):
+        load(folder)
