@@ -5,10 +5,11 @@
 
 The first serves a finished run and lets clients ask its dev queries, each as soon as it has read
 the answer to the one before and has waited for `--pause` seconds. The second trains the tests' tiny
-run for so many steps, with refreshes, probes, evaluations and checkpoints on the way. Either is a
-process of its own, whose memory (anonymous pages: what files are mapped does not count) is read
-every second. It is flat if the median of its last quarter is at most 5 % above that of its second
-one; the first is left out, in which caches fill. Each leaves its part of
+run for so many steps, with refreshes, probes, evaluations and checkpoints on the way, and looks
+from a quarter of them to the last: what compiles before and draws after is not training. Either is
+a process of its own, whose memory (anonymous pages: mapped files do not count) is read every
+second. It is flat if the median of the last quarter of that time is at most 5 % above that of the
+second; the first is left out, in which caches fill. Each leaves its part of
 benchmarks/results/load.json. Exit code 1: it grew, or an answer was wrong.
 """
 
@@ -187,8 +188,16 @@ def train(steps: int) -> dict[str, Any]:
             stdout=subprocess.DEVNULL,
             text=True,
         )
+        saved = Path(folder) / "run" / "checkpoints"
+
+        def train_to(step: int) -> None:
+            while process.poll() is None and not (saved / str(step)).exists():
+                time.sleep(0.1)
+
+        train_to(max(250 * (steps // 1000), 250))
         with watched(process) as mib:
-            code = process.wait()
+            train_to(steps)
+        code = process.wait()
         wrong = [f"exit {code}"] if code else []
     return {**summary(mib), "steps": steps, "doing": LONG, "wrong": wrong}
 
