@@ -112,16 +112,17 @@ def read(
     questions = _questions(job)
     asked, place = questions.questions[split], job.place
     block = place.pad(max(1, job.config.eval.batch_size // rows.shape[1]))
+    whole = (asked, rows.astype(np.int32), there)
     texts: list[str] = []
     with progress("answering", len(asked), "questions") as advance:
         for at in range(0, len(asked), block):
             beat()
-            parts = [x[at : at + block] for x in (asked, rows.astype(np.int32), there)]
-            filled = [_filled(part, block) for part in parts]
-            placed: Sequence[np.ndarray] = place.put(filled, place.examples)
+            parts = [_filled(x[at : at + block], block) for x in whole]
+            placed: Sequence[np.ndarray] = place.put(parts, place.examples)
             found = place.fetch(job.read_step(params["reader"], job.tables, *placed))
-            texts += [questions.text(row) for row in found[: len(asked) - at]]
-            advance(len(parts[0]))
+            some = found[: len(asked) - at]
+            texts += [questions.text(row) for row in some]
+            advance(len(some))
     return texts
 
 

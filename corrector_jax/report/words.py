@@ -59,8 +59,12 @@ def json_of(path: AnyPath) -> Any:
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}): put back the one the run wrote.") from None
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{path} cannot be read ({reason}): put the run's own back.") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: AnyPath, error: OSError) -> UserError:
+    reason = error.strerror or error
+    return UserError(f"{path} cannot be read ({reason}): put the run's own back.")
 
 
 @contextlib.contextmanager
@@ -106,8 +110,7 @@ def read_metrics(path: AnyPath) -> tuple[Series, int]:
     except FileNotFoundError:
         lines = []
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{path} cannot be read ({reason}): put the run's own back.") from error
+        raise _unreadable(path, error) from error
     for line in lines:
         try:
             row = json.loads(line)

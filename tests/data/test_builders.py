@@ -338,12 +338,18 @@ def test_records_that_cannot_be_read_are_said_so(tmp_path):
     assert not Tfds.found_in(path)
 
 
+def _with_metadata(folder: Path) -> tuple[Path, Path]:
+    """The queries of MS MARCO as TFDS data, and what they say of themselves."""
+    published_files.write("msmarco", folder)
+    builders.prepare("msmarco", folder, verify=False)
+    path = folder / "retrieval_queries" / "msmarco"
+    (metadata,) = path.rglob("metadata.json")
+    return path, metadata
+
+
 @pytest.mark.parametrize("content", ["{", '["corpus"]', "5"])
 def test_metadata_that_are_none_are_refused(tmp_path, content):
-    published_files.write("msmarco", tmp_path)
-    builders.prepare("msmarco", tmp_path, verify=False)
-    path = tmp_path / "retrieval_queries" / "msmarco"
-    (metadata,) = path.rglob("metadata.json")
+    path, metadata = _with_metadata(tmp_path)
     metadata.write_text(content)
     with pytest.raises(UserError, match="msmarco cannot be read"):
         Tfds(path)
@@ -351,10 +357,7 @@ def test_metadata_that_are_none_are_refused(tmp_path, content):
 
 @pytest.mark.parametrize("corpus", ["../../elsewhere", "/etc", "", None, 5])
 def test_a_corpus_is_beside_its_queries_and_nowhere_else(tmp_path, corpus):
-    published_files.write("msmarco", tmp_path)
-    builders.prepare("msmarco", tmp_path, verify=False)
-    path = tmp_path / "retrieval_queries" / "msmarco"
-    (metadata,) = path.rglob("metadata.json")
+    path, metadata = _with_metadata(tmp_path)
     metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"corpus": corpus}))
     with pytest.raises(UserError, match=r"msmarco cannot be read \(its corpus is "):
         Tfds(path)
