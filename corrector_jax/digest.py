@@ -64,7 +64,16 @@ def _sum(array: Array) -> Array:
     for axis in range(words.ndim):
         stride = np.uint32(math.prod(words.shape[axis + 1 :]) % 2**32)
         place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * stride
-    return jnp.stack([jnp.sum(_mix(words ^ _mix(place + jnp.uint32(lane)))) for lane in _LANES])
+    mixed = tuple(_mix(words ^ _mix(place + jnp.uint32(lane))) for lane in _LANES)
+    # The lanes together and row by row, which the barrier keeps XLA from undoing: on a CPU six
+    # times as fast as two sums over everything, and the same integers.
+    rows = jax.lax.reduce(
+        mixed,
+        (np.uint32(0),) * len(_LANES),
+        lambda these, those: tuple(a + b for a, b in zip(these, those, strict=True)),
+        tuple(range(words.ndim))[-1:],
+    )
+    return jnp.stack([jnp.sum(lane) for lane in jax.lax.optimization_barrier(rows)])
 
 
 def _mix(x: Array) -> Array:

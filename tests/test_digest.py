@@ -33,6 +33,25 @@ def test_every_flipped_bit_is_seen(dtype):
             assert after[2] != before[2], (element, bit)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (2, 3, 4), (0, 3), (3, 0)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
+def test_a_digest_is_what_a_loop_over_the_elements_makes(dtype, shape):
+    """Digests are written into files: how they are computed may change, what they are may not."""
+
+    def mix(x: int) -> int:
+        x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
+        x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
+        return x ^ x >> 16
+
+    original = np.asarray(array(dtype, shape))
+    bits = original.reshape(-1).view(f"u{original.dtype.itemsize}").tolist()
+    lanes = [
+        sum(mix(word ^ mix((place + lane) % 2**32)) for place, word in enumerate(bits)) % 2**32
+        for lane in (0x9E3779B9, 0x7F4A7C15)
+    ]
+    assert digest.leaves([original])["0"][2] == "".join(f"{lane:08x}" for lane in lanes)
+
+
 def test_how_an_array_is_split_changes_nothing():
     tree = {"rows": array(np.float32), "whole": array(np.int32, (7,)), "scalar": np.float32(3)}
     expected = digest.leaves(tree)
