@@ -171,6 +171,7 @@ def default() -> ConfigDict:
     c.reader.retriever_temperature = 1.0  # of scores over the K passages, which beta multiplied
     c.reader.reader_temperature = 1.0  # pdist: of the reader's likelihoods
     c.reader.moves = "both"  # towers that learn from answers: both | query | none
+    c.reader.learns = True  # whether the reader does too, not only in given_steps
     c.reader.rerank = 0  # L, targets encoded anew, of which the best K are read; 0 = K are drawn
     c.reader.given_steps = 0  # first steps, in which the reader alone learns, on given passages
     c.reader.given_share = 0.0  # share of the training questions that are asked in them alone
@@ -770,6 +771,11 @@ def _validate_reader(config: ConfigDict) -> None:
             f"config.reader.given_steps is {reader.given_steps} and config.reader.given_share "
             f"{reader.given_share}: write both, or neither"
         )
+    if reader.weights == "random" and not (reader.learns or reader.given_steps):
+        raise UserError(
+            "config.reader.learns is False and config.reader.weights 'random', a reader that would "
+            "never learn to read: write config.reader.given_steps and config.reader.given_share"
+        )
     if reader.given_share >= 1:
         raise UserError(
             f"config.reader.given_share is {reader.given_share}, which leaves no question to "
@@ -780,6 +786,11 @@ def _validate_reader(config: ConfigDict) -> None:
             f"config.reader.given_steps is {reader.given_steps}, config.train.warmup "
             f"{config.train.warmup} and config.reader.warmup {reader.warmup} of {steps} steps: "
             "write more config.train.steps"
+        )
+    if reader.given_steps and not reader.learns and reader.warmup >= reader.given_steps:
+        raise UserError(
+            f"config.reader.warmup is {reader.warmup} of the {reader.given_steps} steps in which "
+            "the reader learns (config.reader.learns is False): write less"
         )
     if reader.given_steps % config.train.accumulate:
         raise UserError(

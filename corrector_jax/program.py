@@ -357,10 +357,10 @@ def make_program(
     tx = given_tx = _task_optimizer(config, learning_rate)
     if reader:
         of_reader = _task_optimizer(config, _reader_rate(config))
-        tx, given_tx = (
-            optimizer.beside_reader(of_encoders, of_reader, frozen=_frozen_names(config))
-            for of_encoders in (tx, optimizer.held(tx))
-        )
+        then = of_reader if config.reader.learns else optimizer.held(of_reader)
+        frozen = _frozen_names(config)
+        given_tx = optimizer.beside_reader(optimizer.held(tx), of_reader, frozen=frozen)
+        tx = optimizer.beside_reader(tx, then, frozen=frozen)
         of_encoders = _below(f"({'|'.join(TOWERS)})", model.axes())
         whole = dataclasses.replace(
             place, rules=rules_of({**of_encoders, **_below("reader", reader.config.axes())})
@@ -404,12 +404,12 @@ def _task_optimizer(config: ConfigDict, rate: optax.Schedule) -> optax.GradientT
 
 
 def _reader_rate(config: ConfigDict) -> optax.Schedule:
-    train = config.train
+    train, reader = config.train, config.reader
     return optimizer.schedule(
         train.schedule,
-        peak=config.reader.learning_rate,
-        warmup=config.reader.warmup // train.accumulate,
-        steps=train.steps // train.accumulate,
+        peak=reader.learning_rate,
+        warmup=reader.warmup // train.accumulate,
+        steps=(train.steps if reader.learns else reader.given_steps) // train.accumulate,
     )
 
 
@@ -430,10 +430,11 @@ def _answering(config: ConfigDict, size: int, reader: Reader) -> Answering:
         reader=reader,
         loss=loss,
         # REALM's loss trains the reader itself.
-        fused=0.0 if keys.loss == "marginal" else 1.0,
+        fused=1.0 if keys.learns and keys.loss != "marginal" else 0.0,
         passages=min(keys.passages, size),
         passage_len=keys.passage_max_len,
         given=min(keys.given, size),
+        learns=keys.learns,
     )
 
 

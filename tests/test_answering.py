@@ -210,6 +210,7 @@ def test_asked_to_stop_again_and_again_it_ends_as_if_nothing_had_happened(
         {"reader__rerank": 6, "train__accumulate": 2, "reader__passage_max_len": 20},
         {"corrector__loss": "both", "corrector__kl_weight": 0.1, "corrector__updates": 1},
         {"strategy": "rolling", "refresh__rows": 20, "reader__moves": "none"},
+        {"reader__loss": "marginal", "reader__learns": False, "reader__warmup": 1},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
@@ -233,6 +234,11 @@ def test_other_words_of_the_configuration_train_too(folder, tmp_path, changes):
         ({"reader__warmup": 10}, "write more config.train.steps"),
         ({"reader__given_steps": 3, "train__accumulate": 2}, "not a multiple of"),
         ({"reader__heads": 3}, "config.reader.heads is 3, which does not divide"),
+        ({"reader__learns": False}, "config.reader.warmup is 2 of the 2 steps in which"),
+        (
+            {"reader__learns": False, "reader__given_steps": 0, "reader__given_share": 0.0},
+            "a reader that would never learn to read: write config.reader.given_steps",
+        ),
         ({"reader__loss": "kl"}, "config.reader.loss is 'kl': write one of pdist"),
         (
             {"negatives__proposal": "scann", "negatives__candidates": 2},

@@ -55,6 +55,7 @@ class Answering:
       passage_len: tokens read of a passage.
       given: passages a question is given before the retriever learns: a known positive, and for
         the rest uniform ones.
+      learns: whether any loss moves the reader once passages are retrieved.
     """
 
     reader: Reader
@@ -63,6 +64,7 @@ class Answering:
     passages: int
     passage_len: int
     given: int = 1
+    learns: bool = True
 
 
 def read(
@@ -143,6 +145,8 @@ def answer_loss(
     valid, answer = jnp.asarray(batch.valid), jnp.asarray(batch.asked.answer)
     here = (answer != answering.reader.config.encoder.pad_id) & valid[:, None]
     tree, reader = params["reader"], answering.reader
+    if not answering.learns:
+        tree = jax.lax.stop_gradient(tree)
     passages = read(
         tree, tables, batch.asked.question, chosen.ids, chosen.there,
         answering=answering, place=place,

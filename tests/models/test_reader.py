@@ -70,6 +70,22 @@ def everything(reader, params, tokens, answers):
 read = oracle.jit(everything, static_argnums=0)
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_a_random_reader_puts_out_what_it_looks_at(name):
+    """From the first step on; heads look at distances of their own."""
+    reader = Reader(dataclasses.replace(KINDS[name], decoder_layers=2))
+    params, again = (oracle.jit(reader.init)(jax.random.key(seed)) for seed in (0, 1))
+    width, seen = SIZES.hidden_size, []
+    for layer in ("layer_0", "layer_1"):
+        cross = params["decoder"][layer]["cross"]
+        value, output = (cross[part]["kernel"] for part in ("value", "output"))
+        np.testing.assert_allclose(value @ output, np.eye(width), atol=1e-5)
+        seen += [value, again["decoder"][layer]["cross"]["value"]["kernel"]]
+    assert len({array.tobytes() for array in map(np.asarray, seen)}) == 4
+    for half in ("encoder", "decoder"):
+        assert np.std(params[half]["position_bias"]) > 1
+
+
 def test_the_parameters_of_the_encoder_are_those_of_t5(made):
     reader, params = made
     config = reader.config.encoder

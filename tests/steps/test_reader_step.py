@@ -153,6 +153,40 @@ def test_gradients_reach_exactly_whom_they_should(name):
     assert largest((params["queries"], params["targets"], psi, cache)) == 0.0
 
 
+def test_no_gradient_reaches_a_reader_that_does_not_learn():
+    params, psi, cache, tables = world()
+    answering = Answering(READER, KINDS["marginal,token"], 0.0, SIZE, passage_len=6, learns=False)
+
+    def loss(params):
+        return answer_loss(
+            params, psi, cache, tables, batch_of(), jax.random.key(4),
+            model=FREE, answering=answering, method=METHOD, place=PLACE,
+        )[0]  # fmt: skip
+
+    found = jax.device_get(oracle.jit(jax.grad(loss))(params))
+    (_, (of_retriever, _)) = run("marginal,token")
+    assert largest(found["reader"]) == 0.0
+    wanted = of_retriever[0]["queries"] / 3  # of the sum over three valid queries
+    np.testing.assert_allclose(found["queries"], wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_a_reader_that_does_not_learn_moves_in_given_steps_alone():
+    config = config_of(reader__learns=False, train__weight_decay=0.1)
+    program = make_program(config, Encoder(BERT), N, PLACE, READER)
+    shapes = jax.eval_shape(Encoder(BERT).init, jax.random.key(0), np.zeros((1, 1), np.int32))
+    reader = random_like(jax.eval_shape(READER.init, jax.random.key(0)), 7, 0.3)
+    state = program.start(random_like(shapes["params"], 6, 0.3), reader)
+    grads = jax.tree.map(jnp.ones_like, state.params)
+    moved = {}
+    for name in ("given_tx", "tx"):
+        updates, kept = getattr(program, name).update(grads, state.opt_state, state.params)
+        assert jax.tree.structure(kept) == jax.tree.structure(state.opt_state)
+        moved[name] = {top: largest(tree) > 0 for top, tree in updates.items()}
+    towers = moved["tx"].keys() - {"reader"}
+    assert moved["given_tx"] == dict.fromkeys(towers, False) | {"reader": True}
+    assert moved["tx"] == dict.fromkeys(towers, True) | {"reader": False}
+
+
 def test_the_reader_s_own_loss_is_that_of_all_passages_at_once():
     (value, chosen, _, measured), _ = run("pdist,token")
     params, *_ = world()
