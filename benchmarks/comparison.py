@@ -16,14 +16,14 @@ from benchmarks import paired
 from benchmarks.grids import Grid
 from corrector_jax import paths
 from corrector_jax.report.plots import LIGHT
-from corrector_jax.report.words import json_of
+from corrector_jax.report.words import READ, json_of
 from corrector_jax.types import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-METRICS = ("mrr@10", "recall@20")
+TITLES = {"mrr@10": "MRR@10", "recall@20": "R@20", "em": "EM"}
 KL, FEWER = 0.05, 4
 """Goals: nats from the true softmax with no refresh, and how many times fewer re-embeddings."""
 
@@ -90,6 +90,7 @@ def summarise(grid: Grid, name: str, records: Records) -> dict[str, Any]:
     some = every[0]
     return {
         "name": name,
+        "metrics": list(grid.metrics),
         "setting": {
             key: value
             for key, value in some["settings"].items()
@@ -98,6 +99,10 @@ def summarise(grid: Grid, name: str, records: Records) -> dict[str, Any]:
         **{key: some[key] for key in ("dataset", "encoder", "steps", "devices", "cores", "jax")},
         "before": _short(some["eval"]["before"]),
         "bm25": _short(some["eval"].get("bm25", {})),
+        "read": {
+            name: _short({"em": float(np.mean([one["read"][name]["em"] for one in every]))})
+            for name in some.get("read", ())
+        },
         "missing": [
             f"{cell}-{seed}"
             for cell in grid.cells
@@ -111,13 +116,13 @@ def summarise(grid: Grid, name: str, records: Records) -> dict[str, Any]:
 
 
 def differences(grid: Grid, records: Records) -> list[dict[str, Any]]:
-    """Every cell against the stale and the fresh reference, over the seeds that both have."""
+    """Every cell against the references, over the seeds that both have."""
     found = []
-    for against in (grid.stale, grid.fresh):
+    for against in grid.references:
         for cell in records:
             if cell == against or against not in records:
                 continue
-            for metric in METRICS:
+            for metric in grid.metrics:
                 one, other = _paired(records[cell], records[against], metric)
                 if len(one):
                     interval = paired.difference(one, other)
@@ -129,27 +134,29 @@ def differences(grid: Grid, records: Records) -> list[dict[str, Any]]:
 def goals(grid: Grid, records: Records) -> list[dict[str, Any]]:
     """The goals that were decided in advance, for every corrected cell that can be judged."""
     found: list[dict[str, Any]] = []
+    metric = grid.metrics[0]
+    title = TITLES[metric]
 
     def judge(cell: str, goal: str, value: float, met: bool) -> None:
         found.append({"cell": cell, "goal": goal, "value": round(value, 4), "met": met})
 
     for cell in grid.corrected:
         own = records.get(cell, ())
-        fresh, stale = (
-            _paired(own, records.get(other, ()), "mrr@10") for other in (grid.fresh, grid.stale)
-        )
+        fresh = _paired(own, records.get(grid.fresh, ()), metric)
         if len(fresh[0]):
             interval = paired.difference(*fresh)
             good = paired.is_non_inferior(interval)
-            goal = f"as good as {grid.fresh}: MRR@10 interval above -{paired.MARGIN}"
+            goal = f"as good as {grid.fresh}: {title} interval above -{paired.MARGIN}"
             judge(cell, goal, interval.low, good)
             fewer = _embedded(records[grid.fresh]) / _embedded(own)
             goal = f"as good as {grid.fresh}, re-embedding {FEWER} times fewer targets or better"
             judge(cell, goal, fewer, good and fewer >= FEWER)
-        if len(stale[0]):
-            interval = paired.difference(*stale)
-            goal = f"better than {grid.stale}: MRR@10 interval above 0"
-            judge(cell, goal, interval.low, paired.is_superior(interval))
+        for other in filter(None, (grid.frozen, grid.stale)):
+            pair = _paired(own, records.get(other, ()), metric)
+            if len(pair[0]):
+                interval = paired.difference(*pair)
+                goal = f"better than {other}: {title} interval above 0"
+                judge(cell, goal, interval.low, paired.is_superior(interval))
         if own and not any(one["ledger"]["refresh"] for one in own):
             kl = float(np.mean([one["distribution"]["kl_corrected"] for one in own]))
             goal = f"{KL} nats or less from the true softmax (KL), without a refresh"
@@ -165,27 +172,30 @@ def trained_on(record: Record) -> int:
 
 def tables(summary: Record) -> str:
     """The summary as Markdown: a table of cells, one of differences, one of goals."""
+    metrics = summary["metrics"]
+    titles = " | ".join(TITLES[metric] for metric in metrics)
     lines = [
-        "| strategy | MRR@10 | R@20 | KL at the end | targets encoded | re-embedded | minutes |",
-        "|---|---|---|---|---|---|---|",
+        f"| strategy | {titles} | KL at the end | targets encoded | re-embedded | minutes |",
+        "|---" * (5 + len(metrics)) + "|",
     ]
-    for name, metrics in (("BM25", summary["bm25"]), ("before training", summary["before"])):
-        if metrics:
-            lines.append(
-                f"| {name} | {metrics['mrr@10']:.3f} | {metrics['recall@20']:.3f} | | | | |"
-            )
+    beside = {"BM25": summary["bm25"], "before training": summary["before"]}
+    beside |= {f"the reader {READ[name]}": values for name, values in summary["read"].items()}
+    for name, values in beside.items():
+        if values:
+            shown = [f"{values[metric]:.3f}" if metric in values else "" for metric in metrics]
+            lines.append(f"| {name} | {' | '.join(shown)} | | | | |")
     for cell, found in summary["cells"].items():
-        shown = [f"`{cell}`", *(_spread(found.get(name), 3) for name in (*METRICS, "kl"))]
+        shown = [f"`{cell}`", *(_spread(found.get(name), 3) for name in (*metrics, "kl"))]
         shown += [f"{found[name]['mean']:,.0f}" for name in ("encoded", "re-embedded")]
         lines.append("| " + " | ".join([*shown, f"{found['seconds']['mean'] / 60:.1f}"]) + " |")
-    lines += ["", "| difference | MRR@10 | R@20 |", "|---|---|---|"]
+    lines += ["", f"| difference | {titles} |", "|---" * (1 + len(metrics)) + "|"]
     rows: dict[str, dict[str, Record]] = {}
     for one in summary["differences"]:
         rows.setdefault(f"`{one['cell']}` - `{one['against']}`", {})[one["metric"]] = one
     for name, by_metric in rows.items():
         shown = [
             f"{one['difference']:+.4f} ({one['low']:+.4f} to {one['high']:+.4f})"
-            for one in (by_metric[metric] for metric in METRICS)
+            for one in (by_metric[metric] for metric in metrics)
         ]
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     lines += ["", "| goal | for | found | met |", "|---|---|---|---|"]

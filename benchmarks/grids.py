@@ -12,6 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from configs import rlm_quickstart
 from corrector_jax import config as configs
 
 CELLS: dict[str, dict[str, Any]] = {
@@ -29,6 +30,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "oracle": {"strategy": "oracle"},  # for `ORACLE` targets or less
     "streaming": {"strategy": "streaming"},
     "rolling": {"strategy": "rolling", "refresh.rows": 128},
+    "frozen": {"strategy": "stale", "reader.moves": "none"},  # the retriever, before a reader
 }
 """Name -> what differs from the grid's setting."""
 
@@ -48,6 +50,9 @@ class Grid:
       stale: the cell that never refreshes and does not correct.
       fresh: the cell that refreshes, the reference.
       corrected: the cells whose goals are decided.
+      frozen: the cell whose retriever never moves; empty = there is none.
+      metrics: what cells are compared by; the goals are of the first.
+      own_data: the data are the embedded default ones, whole, and no --data is read.
     """
 
     setting: Mapping[str, Any]
@@ -57,6 +62,24 @@ class Grid:
     stale: str = "stale"
     fresh: str = "refreshed-25"
     corrected: tuple[str, ...] = ("corrected", "corrected-linear")
+    frozen: str = ""
+    metrics: tuple[str, ...] = ("mrr@10", "recall@20")
+    own_data: bool = False
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The cells that all others are held against."""
+        return tuple(cell for cell in (self.frozen, self.stale, self.fresh) if cell)
+
+
+def settings_of(config: ConfigDict) -> dict[str, Any]:
+    """The keys that differ from the default, but for where the data lies: {dotted key: value}."""
+    default = dict(configs.flat(configs.default()))
+    return {
+        key: value
+        for key, value in configs.flat(config)
+        if value != default[key] and key not in ("data.path", "data.cache_dir", "negatives.path")
+    }
 
 
 GRIDS: dict[str, Grid] = {
@@ -79,6 +102,15 @@ GRIDS: dict[str, Grid] = {
         },
         cells=("uniform", "stale", "corrected", "corrected-linear", "refreshed-25"),
         targets=20_000,
+    ),
+    # Retrieval learned through answers alone.
+    "answers": Grid(
+        setting=settings_of(rlm_quickstart.get_config()),
+        cells=("frozen", "stale", "corrected", "refreshed-25"),
+        corrected=("corrected",),
+        frozen="frozen",
+        metrics=("em", "recall@20", "mrr@10"),
+        own_data=True,
     ),
 }
 
@@ -110,13 +142,3 @@ def config_of(setting: Mapping[str, Any], cell: str, seed: int) -> ConfigDict:
         config.corrector.probe_every = refresh - 1
     configs.validate(config)
     return config
-
-
-def settings_of(config: ConfigDict) -> dict[str, Any]:
-    """The keys that differ from the default, but for where the data lies: {dotted key: value}."""
-    default = dict(configs.flat(configs.default()))
-    return {
-        key: value
-        for key, value in configs.flat(config)
-        if value != default[key] and key not in ("data.path", "data.cache_dir", "negatives.path")
-    }

@@ -53,7 +53,6 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 SERIES = ("probe/kl_stale", "probe/kl_corrected", "probe/drift", "probe/gate", "train/kl_estimate")
-PER_QUERY = ("mrr@10", "recall@20")
 MINED = 20
 """Negatives of a query, where they are mined."""
 
@@ -201,16 +200,16 @@ def run(cell: Cell, data: Mapping[str, str]) -> int:
                 signal.signal(number, handler)
 
 
-def record(cell: Cell, data: Path) -> dict[str, Any]:
+def record(cell: Cell, metrics: Sequence[str]) -> dict[str, Any]:
     """What is kept of a finished run.
 
     Args:
       cell: the run.
-      data: the data set.
+      metrics: what is kept of every query, to four digits.
 
     Returns:
-      A JSON-able dict; of every query `PER_QUERY`, to four digits; of every series its steps and
-      values.
+      A JSON-able dict; of every series its steps and values; where a reader answers, what it
+      answers from other passages.
     """
     found = json.loads((cell.workdir / "results.json").read_text())
     after = json.loads((cell.workdir / "eval" / "after.json").read_text())
@@ -219,7 +218,7 @@ def record(cell: Cell, data: Path) -> dict[str, Any]:
         "cell": cell.name,
         "seed": cell.seed,
         "settings": settings_of(cell.config),
-        "queries": hashlib.sha256((data / "qrels" / "dev.tsv").read_bytes()).hexdigest()[:16],
+        "queries": _asked(cell.workdir),
         **device(),
         **{key: found[key] for key in ("steps", "dataset", "encoder", "eval", "distribution")},
         **{key: found[key] for key in ("ledger", "wall_seconds", "examples_per_second")},
@@ -229,8 +228,9 @@ def record(cell: Cell, data: Path) -> dict[str, Any]:
             if name in series
         },
         "per_query": {
-            name: [_short(value) for value in after["per_query"][name]] for name in PER_QUERY
+            name: [_short(value) for value in after["per_query"][name]] for name in metrics
         },
+        **({"read": after["read"]} if "read" in after else {}),
     }
 
 
@@ -244,15 +244,21 @@ def device() -> dict[str, Any]:
 
 
 def run_all(
-    cells: Sequence[Cell], source: str, folder: Path, *, targets: int, cache_dir: str, keep: bool
+    cells: Sequence[Cell],
+    source: str,
+    folder: Path,
+    *,
+    grid: Grid,
+    cache_dir: str,
+    keep: bool,
 ) -> int:
     """Runs what is not done.
 
     Args:
       cells: the plan.
-      source: the data set, in any layout.
+      source: the data set, in any layout, where the grid does not bring its own.
       folder: where the data goes as it is compared.
-      targets: the data is cut to so many; 0 = all.
+      grid: of the cells.
       cache_dir: of tokens; empty = the configuration's.
       keep: whether checkpoints, caches and encoders of finished runs stay.
 
@@ -265,7 +271,10 @@ def run_all(
         if cell.is_done:
             print(f"{named}: done before", flush=True)
             continue
-        data = {"data.path": str(grid_data.write(source, folder / "data", targets=targets))}
+        data = {}
+        if not grid.own_data:
+            whole = grid_data.write(source, folder / "data", targets=grid.targets)
+            data["data.path"] = str(whole)
         if cache_dir:
             data["data.cache_dir"] = cache_dir
         if configs.STRATEGIES[cell.config.strategy].proposals == ("mined",):
@@ -279,13 +288,13 @@ def run_all(
             failed += 1
             print(f"{named}: exit {code}, see {cell.workdir / 'log.txt'}", file=sys.stderr)
             continue
-        found = record(cell, folder / "data")
+        found = record(cell, grid.metrics)
         paths.write(cell.path, json.dumps(found, separators=(",", ":")) + "\n")
         if not keep:
             for name in HEAVY:
                 paths.remove(cell.workdir / name)
         metrics = found["eval"]["after"]
-        shown = ", ".join(f"{name} {metrics[name]:.3f}" for name in PER_QUERY)
+        shown = ", ".join(f"{name} {metrics[name]:.3f}" for name in grid.metrics)
         print(f"{named}: {shown}, {found['wall_seconds']:.0f} s", flush=True)
     return 1 if failed else 0
 
@@ -354,13 +363,17 @@ def compare(arguments: argparse.Namespace, changes: Mapping[str, Any]) -> int:
         for cell in cells:
             print(f"{cell.name}-{cell.seed}: {cell.state()}")
         return 0
-    if not arguments.data:
-        raise UserError("--data is missing: write a data set in any layout of docs/data.md")
+    if bool(arguments.data) == grid.own_data:
+        raise UserError(
+            f"--data is given but grid {arguments.grid} brings its own: drop it"
+            if grid.own_data
+            else "--data is missing: write a data set in any layout of docs/data.md"
+        )
     code = run_all(
         cells,
         arguments.data,
         runs / name,
-        targets=grid.targets,
+        grid=grid,
         cache_dir=cache_dir,
         keep=arguments.keep,
     )
@@ -388,6 +401,13 @@ def parse_changes(arguments: Sequence[str]) -> dict[str, Any]:
         except (ValueError, SyntaxError) as error:
             raise UserError(f"{argument}: write a value like {known[key]!r}") from error
     return changes
+
+
+def _asked(workdir: Path) -> str:
+    """16 hex digits of the queries that the last evaluation ranked for, in their order."""
+    with (workdir / "runs" / "after.trec").open(encoding="utf-8") as lines:
+        ids = dict.fromkeys(line.split(maxsplit=1)[0] for line in lines)
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
 
 
 def _short(value: float) -> float | int:

@@ -167,11 +167,12 @@ def _is_finite(value: object) -> bool:
 ANSWERS = ("em", "f1", "answer_recall@1", "answer_recall@5", "answer_recall@20")
 """What is measured of answers, and of whether what was found holds one."""
 
-_READ = {
+READ = {
     "known_positives": "reads known positives",
     "no_passage": "reads no passage",
     "any_passages": "reads any passages",
 }
+"""What the trained reader is given besides what is retrieved -> in words."""
 
 
 def answered(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float]]]:
@@ -185,7 +186,7 @@ def answered(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float]]
     """
     systems = [(label, metrics) for label, metrics in measured(results) if "em" in metrics]
     read = get(results, "reader", "read") or {}
-    return systems + [(label, read[key]) for key, label in _READ.items() if key in read]
+    return systems + [(label, read[key]) for key, label in READ.items() if key in read]
 
 
 def answer_sentence(results: Mapping[str, Any]) -> str:

@@ -111,6 +111,35 @@ def test_a_summary_says_means_spreads_and_what_is_missing():
     json.dumps(summary)
 
 
+def test_a_grid_of_answers_is_judged_by_them_and_against_a_frozen_retriever():
+    grid = Grid(
+        setting={}, cells=("frozen", "stale", "corrected", "refreshed-25"), seeds=(0, 1),
+        corrected=("corrected",), frozen="frozen", metrics=("em", "recall@20"),
+    )  # fmt: skip
+    some = {}
+    for cell, em in (("frozen", 0.1), ("stale", 0.2), ("corrected", 0.3), ("refreshed-25", 0.3)):
+        some[cell] = [record(cell, seed, 0.5) for seed in (0, 1)]
+        for one in some[cell]:
+            one["per_query"]["em"] = [em] * QUERIES
+            one["eval"]["after"] = one["eval"]["after"] | {"em": em}
+            one["read"] = {"known_positives": {"em": 0.8 + one["seed"] / 10, "f1": 0.9}}
+    summary = comparison.summarise(grid, "made-up", some)
+    goals = {one["goal"]: (one["value"], one["met"]) for one in summary["goals"]}
+    assert goals["better than frozen: EM interval above 0"] == (0.2, True)
+    assert goals["better than stale: EM interval above 0"] == (0.1, True)
+    assert goals["as good as refreshed-25: EM interval above -0.01"] == (0.0, True)
+    against = {(one["against"], one["metric"]) for one in summary["differences"]}
+    assert against == {
+        (cell, metric)
+        for cell in ("frozen", "stale", "refreshed-25")
+        for metric in ("em", "recall@20")
+    }
+    table = comparison.tables(summary)
+    assert "| strategy | EM | R@20 | KL at the end |" in table
+    assert "| the reader reads known positives | 0.850 |  | | | | |" in table
+    assert "| `corrected` | 0.300 ± 0.000 | 0.500 ± 0.000 | 0.300 ± 0.000 |" in table
+
+
 def test_what_selection_uses_is_stale_until_the_gate_opens():
     steps, values = comparison.in_use(record("corrected", 0, 0.3, kl=0.1))
     np.testing.assert_array_equal(steps, [3, 6])
