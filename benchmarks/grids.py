@@ -30,7 +30,8 @@ CELLS: dict[str, dict[str, Any]] = {
     "oracle": {"strategy": "oracle"},  # for `ORACLE` targets or less
     "streaming": {"strategy": "streaming"},
     "rolling": {"strategy": "rolling", "refresh.rows": 128},
-    "frozen": {"strategy": "stale", "reader.moves": "none"},  # the retriever, before a reader
+    "frozen": {"strategy": "stale", "reader.moves": "none"},
+    "refreshed-answers": {"strategy": "refreshed", "refresh.schedule": "525-end:25"},
 }
 """Name -> what differs from the grid's setting."""
 
@@ -106,7 +107,8 @@ GRIDS: dict[str, Grid] = {
     # Retrieval learned through answers alone.
     "answers": Grid(
         setting=settings_of(rlm_quickstart.get_config()),
-        cells=("frozen", "stale", "corrected", "refreshed-25"),
+        cells=("frozen", "stale", "corrected", "refreshed-answers"),
+        fresh="refreshed-answers",  # every 25 steps, once passages are no longer given
         corrected=("corrected",),
         frozen="frozen",
         metrics=("em", "recall@20", "mrr@10"),
@@ -136,7 +138,7 @@ def config_of(setting: Mapping[str, Any], cell: str, seed: int) -> ConfigDict:
     config.update_from_flattened_dict({**setting, **CELLS[cell], "seed": seed})
     if config.strategy == "in_batch":
         config.train.batch_size *= 1 + config.negatives.draws
-    refresh = config.refresh.every
+    refresh = configs.refresh_policy_of(config).shortest(config.train.steps)
     if config.strategy == "refreshed" and refresh <= config.corrector.probe_every:
         # A probe that falls on a refresh is left out: look before it, where the cache is oldest.
         config.corrector.probe_every = refresh - 1

@@ -26,15 +26,15 @@ def get_config() -> ConfigDict:
     c.reader.intermediate = 256
     c.reader.query_max_len = 8
     c.reader.passage_max_len = 24
-    c.reader.answer_max_len = 8  # names of seven word pieces
-    c.reader.passages = 8
+    c.reader.answer_max_len = 6  # names of five word pieces
+    c.reader.passages = 6
     c.reader.read = 1
-    c.reader.given_steps = 400
+    c.reader.given_steps = 500
     c.reader.given_share = 0.5
     c.reader.learns = False  # what is retrieved teaches a reader this small to guess
     c.reader.learning_rate = 2e-3
     c.reader.warmup = 50
-    c.train.steps = 600
+    c.train.steps = 660
     c.train.batch_size = 32
     c.train.warmup = 10
     c.train.learning_rate = 1e-4
@@ -44,5 +44,5 @@ def get_config() -> ConfigDict:
     c.corrector.probe_queries = 128
     c.eval.every = 0
     c.eval.bm25 = False
-    c.checkpoint.every = 150
+    c.checkpoint.every = 220
     return c
