@@ -163,10 +163,12 @@ class Program:
         """Where the leaves of the training state live."""
         state: TrainState = jax.eval_shape(self.initial, None)
         everywhere: Any = self.place.everywhere
+        # Together: what does not learn has no state in the optimizer, for no rule to match.
+        learned = self.place.parameters({"params": state.params, "opt_state": state.opt_state})
         return TrainState(
             step=everywhere,
-            params=self.place.parameters(state.params),
-            opt_state=self.place.parameters(state.opt_state),
+            params=learned["params"],
+            opt_state=learned["opt_state"],
             corrector=jax.tree.map(lambda _: everywhere, state.corrector),
         )
 
