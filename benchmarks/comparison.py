@@ -151,7 +151,7 @@ def goals(grid: Grid, records: Records) -> list[dict[str, Any]]:
             fewer = _embedded(records[grid.fresh]) / _embedded(own)
             goal = f"as good as {grid.fresh}, re-embedding {FEWER} times fewer targets or better"
             judge(cell, goal, fewer, good and fewer >= FEWER)
-        for other in filter(None, (grid.frozen, grid.stale)):
+        for other in (one for one in grid.references if one != grid.fresh):
             pair = _paired(own, records.get(other, ()), metric)
             if len(pair[0]):
                 interval = paired.difference(*pair)

@@ -23,6 +23,7 @@ from corrector_jax import answering, rng
 from corrector_jax import config as configs
 from corrector_jax.job import Job, make_job
 from corrector_jax.models.reader import Reader
+from corrector_jax.reading import GIVEN
 from corrector_jax.train import place_batch
 from corrector_jax.types import PyTree
 
@@ -75,12 +76,11 @@ def main() -> None:
     for biases, transposed in ((False, False), (True, False), (False, True), (True, True)):
         runs.append(measure(job, biases=biases, transposed=transposed))
         print(json.dumps(runs[-1]), flush=True)
-    queries = len(job.data.splits[job.dev_split].texts)
     result = {
         "command": "python -m benchmarks.reader_start",
         "config": "configs/rlm_quickstart.py",
-        "given_questions": len(job.data.splits["given"].texts),
-        "dev_questions": queries,
+        "given_questions": len(job.data.splits[GIVEN].texts),
+        "dev_questions": len(job.data.splits[job.dev_split].texts),
         "seed": config.seed,
         "runs": runs,
     }

@@ -1,15 +1,17 @@
 """The comparison: strategies x seeds on one data set, each run as a user would start it.
 
     python -m benchmarks.strategies --grid=small --data=DIR_OR_FILE
+    python -m benchmarks.strategies --grid=answers
     python -m benchmarks.strategies --grid=small --list
     python -m benchmarks.strategies --table
 
-The first runs every cell of the grid (`benchmarks/grids.py`) that is not done, one process after
+The first two run every cell of a grid (`benchmarks/grids.py`) that is not done, one process after
 the other, in runs/strategies/NAME. It can be killed at any time: the same command goes on, from the
 checkpoints of the run that was under way. What is left of a run is
 benchmarks/results/strategies/NAME/CELL-SEED.json; of all together
-benchmarks/results/strategies_NAME_summary.json and two plots beside it. The second says what is
-done and what is missing, the third writes the tables of docs/results.md anew from the summaries.
+benchmarks/results/strategies_NAME_summary.json and two plots beside it. The third says what is
+done and what is missing, the last writes the tables of docs/results.md and docs/reader.md anew from
+the summaries.
 
   --cells=A,B  --seeds=0,1    others than the grid's
   --targets=N                 the data is cut to so many, another number than the grid's; 0 = all
@@ -51,6 +53,8 @@ from corrector_jax.types import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("results.md", "reader.md")
+"""Of docs/: they hold tables of comparisons."""
 
 SERIES = ("probe/kl_stale", "probe/kl_corrected", "probe/drift", "probe/gate", "train/kl_estimate")
 MINED = 20
@@ -314,12 +318,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--keep", action="store_true")
     parser.add_argument("--list", action="store_true", help="what is done and what is missing")
-    parser.add_argument("--table", action="store_true", help="fill in docs/results.md")
+    parser.add_argument("--table", action="store_true", help="fill in the tables of docs/")
     arguments, changes = parser.parse_known_args(argv)
     jax.config.update("jax_platforms", "cpu")  # an accelerator is for the runs alone
     try:
         if arguments.table:
-            comparison.fill_in(ROOT / "docs" / "results.md", arguments.results)
+            for page in PAGES:
+                comparison.fill_in(ROOT / "docs" / page, arguments.results)
             return 0
         return compare(arguments, parse_changes(changes))
     except UserError as error:

@@ -184,9 +184,9 @@ class Reader:
 
         Two things differ from T5's own start. Attention to passages puts out what it takes in: its
         output is the transpose of its value, which is orthogonal (after Trockman and Kolter 2023).
-        And position biases are large, so that every head looks at distances of its own. With both,
-        and with neither alone, a reader learns within some hundred steps to copy an answer out of a
-        passage (`python -m benchmarks.reader_start`).
+        And position biases are large, so that every head looks at distances of its own. With both
+        a reader learns within some hundred steps to copy an answer out of a passage; with one of
+        them it does not (`python -m benchmarks.reader_start`).
         """
         tokens = jnp.zeros((1, 1), jnp.int32)
         params: PyTree = self._module().init(key, tokens, tokens)["params"]

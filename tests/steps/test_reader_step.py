@@ -176,9 +176,7 @@ def test_what_does_not_learn_from_answers_stays_where_it_is(key):
     word = {"reader__learns": False, "reader__moves": "none"}[key]
     config = config_of(**{key: word}, train__weight_decay=0.1)
     program = make_program(config, Encoder(BERT), N, PLACE, READER)
-    shapes = jax.eval_shape(Encoder(BERT).init, jax.random.key(0), np.zeros((1, 1), np.int32))
-    reader = random_like(jax.eval_shape(READER.init, jax.random.key(0)), 7, 0.3)
-    state = program.start(random_like(shapes["params"], 6, 0.3), reader)
+    state = started(program)
     grads = jax.tree.map(jnp.ones_like, state.params)
     moved = {}
     for name in ("given_tx", "tx"):
@@ -384,6 +382,13 @@ def config_of(**changes):
     return config
 
 
+def started(program):
+    """Step 0 from parameters large enough to tell texts apart."""
+    shapes = jax.eval_shape(Encoder(BERT).init, jax.random.key(0), np.zeros((1, 1), np.int32))
+    reader = random_like(jax.eval_shape(READER.init, jax.random.key(0)), 7, 0.3)
+    return program.start(random_like(shapes["params"], 6, 0.3), reader)
+
+
 @functools.cache
 def steps_of(mesh):
     """States after each of two given steps and two that answer, and their metrics."""
@@ -401,9 +406,7 @@ def steps_of(mesh):
         return caches.create_tokens(rows, fingerprint="", pad_id=0, block_rows=BLOCK, place=place)
 
     tables = Tables(table(corpus[:, :4]), table(corpus))
-    shapes = jax.eval_shape(Encoder(BERT).init, jax.random.key(0), np.zeros((1, 1), np.int32))
-    reader = random_like(jax.eval_shape(READER.init, jax.random.key(0)), 7, 0.3)
-    state = program.start(random_like(shapes["params"], 6, 0.3), reader)
+    state = started(program)
     cache = oracle.filled(oracle.unit(numbers, N, 16), place, block_rows=BLOCK)
     seen, measured = [place.fetch(state)], []
     stages = program.stages()
