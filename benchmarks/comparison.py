@@ -64,9 +64,9 @@ def write(grid: Grid, name: str, results: Path) -> None:
     Args:
       grid: the grid.
       name: of the results.
-      results: the folder that holds `strategies/NAME`.
+      results: the folder that holds `strategies/NAME`, or that of the grid it shares runs with.
     """
-    records = read(grid, results / "strategies" / name)
+    records = read(grid, results / "strategies" / (grid.shares or name))
     if not records:
         return
     summary = summarise(grid, name, records)
@@ -116,11 +116,11 @@ def summarise(grid: Grid, name: str, records: Records) -> dict[str, Any]:
 
 
 def differences(grid: Grid, records: Records) -> list[dict[str, Any]]:
-    """Every cell against the references, over the seeds that both have."""
+    """Every cell against the references, each pair once, over the seeds that both have."""
     found = []
-    for against in grid.references:
+    for number, against in enumerate(grid.references):
         for cell in records:
-            if cell == against or against not in records:
+            if cell in grid.references[: number + 1] or against not in records:
                 continue
             for metric in grid.metrics:
                 one, other = _paired(records[cell], records[against], metric)
@@ -198,7 +198,8 @@ def tables(summary: Record) -> str:
             for one in (by_metric[metric] for metric in metrics)
         ]
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
-    lines += ["", "| goal | for | found | met |", "|---|---|---|---|"]
+    if summary["goals"]:
+        lines += ["", "| goal | for | found | met |", "|---|---|---|---|"]
     lines += [
         f"| {one['goal']} | `{one['cell']}` | {one['value']:g} | {'yes' if one['met'] else 'no'} |"
         for one in summary["goals"]

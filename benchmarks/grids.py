@@ -15,21 +15,27 @@ from ml_collections import ConfigDict
 from configs import rlm_quickstart
 from corrector_jax import config as configs
 
+_LINEAR = {"strategy": "corrected", "corrector.kind": "linear"}
+
 CELLS: dict[str, dict[str, Any]] = {
     "in_batch": {"strategy": "in_batch"},
     "uniform": {"strategy": "uniform"},
     "mined": {"strategy": "mined"},
     "stale": {"strategy": "stale"},
     "corrected": {"strategy": "corrected"},
-    "corrected-linear": {"strategy": "corrected", "corrector.kind": "linear"},
+    "corrected-linear": _LINEAR,
     "corrected-500": {"strategy": "corrected", "refresh.every": 500},
-    "nystrom": {"strategy": "nystrom"},
+    "linear-truncated": {**_LINEAR, "loss.estimator": "truncated"},
+    "linear-single": {**_LINEAR, "loss.estimator": "single"},
+    "linear-weighted": {**_LINEAR, "loss.estimator": "weighted"},
+    "linear-kool": {**_LINEAR, "negatives.proposal": "gumbel_topk"},
+    "nystrom": {"strategy": "nystrom", "corrector.fit_every": 40},
     "refreshed-25": {"strategy": "refreshed", "refresh.every": 25},
     "refreshed-100": {"strategy": "refreshed", "refresh.every": 100},
     "refreshed-500": {"strategy": "refreshed", "refresh.every": 500},
     "oracle": {"strategy": "oracle"},  # for `ORACLE` targets or less
     "streaming": {"strategy": "streaming"},
-    "rolling": {"strategy": "rolling", "refresh.rows": 128},
+    "rolling": {"strategy": "rolling", "refresh.rows": 32},
     "frozen": {"strategy": "stale", "reader.moves": "none"},
     "refreshed-answers": {"strategy": "refreshed", "refresh.schedule": "525-end:25"},
 }
@@ -48,29 +54,26 @@ class Grid:
       cells: names of `CELLS`, in the order of the table.
       seeds: of every cell.
       targets: the data is cut to so many, all that dev judges among them; 0 = all.
-      stale: the cell that never refreshes and does not correct.
-      fresh: the cell that refreshes, the reference.
-      corrected: the cells whose goals are decided.
-      frozen: the cell whose retriever never moves; empty = there is none.
+      references: the cells that all others are held against.
+      corrected: the cells whose goals are decided: as good as `fresh`, better than the other
+        references.
+      fresh: the reference that refreshes.
       metrics: what cells are compared by; the goals are of the first.
       own_data: the data are the embedded default ones, whole, and no --data is read.
+      shares: the grid of the same setting whose runs and results these are too, so that a cell of
+        both is run once; empty = its own.
     """
 
     setting: Mapping[str, Any]
     cells: tuple[str, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
     targets: int = 0
-    stale: str = "stale"
-    fresh: str = "refreshed-25"
+    references: tuple[str, ...] = ("stale", "refreshed-25")
     corrected: tuple[str, ...] = ("corrected", "corrected-linear")
-    frozen: str = ""
+    fresh: str = "refreshed-25"
     metrics: tuple[str, ...] = ("mrr@10", "recall@20")
     own_data: bool = False
-
-    @property
-    def references(self) -> tuple[str, ...]:
-        """The cells that all others are held against."""
-        return tuple(cell for cell in (self.frozen, self.stale, self.fresh) if cell)
+    shares: str = ""
 
 
 def settings_of(config: ConfigDict) -> dict[str, Any]:
@@ -83,34 +86,66 @@ def settings_of(config: ConfigDict) -> dict[str, Any]:
     }
 
 
+_SMALL = {
+    "data.query_max_len": 24,
+    "data.target_max_len": 24,
+    "model.layers": 2,
+    "train.steps": 160,
+    "train.warmup": 20,
+    "train.learning_rate": 1e-4,
+    "negatives.draws": 4,
+    "corrector.updates": 4,
+    "corrector.probe_every": 20,
+    "corrector.probe_targets": 512,
+    "log.tensorboard": False,
+    "checkpoint.every": 50,
+    "checkpoint.keep": 1,
+}
+
 GRIDS: dict[str, Grid] = {
     # Two cores, 90 minutes: docs/results.md says how it was chosen.
     "small": Grid(
-        setting={
-            "data.query_max_len": 24,
-            "data.target_max_len": 24,
-            "model.layers": 2,
-            "train.steps": 160,
-            "train.warmup": 20,
-            "train.learning_rate": 1e-4,
-            "negatives.draws": 4,
-            "corrector.updates": 4,
-            "corrector.probe_every": 20,
-            "corrector.probe_targets": 512,
-            "log.tensorboard": False,
-            "checkpoint.every": 50,
-            "checkpoint.keep": 1,
-        },
+        setting=_SMALL,
         cells=("uniform", "stale", "corrected", "corrected-linear", "refreshed-25"),
         targets=20_000,
+    ),
+    # What else keeps a cache near the encoder, at about as many encodes as the correctors' probes.
+    "alternatives": Grid(
+        setting=_SMALL,
+        cells=("stale", "corrected", "corrected-linear", "nystrom", "rolling", "streaming"),
+        references=("stale", "corrected-linear"),
+        corrected=(),
+        targets=20_000,
+        shares="small",
+    ),
+    # Which estimator trains the best retriever; corrected-linear has the default one, balanced.
+    "estimators": Grid(
+        setting=_SMALL,
+        cells=(
+            "corrected-linear",
+            "linear-truncated",
+            "linear-single",
+            "linear-weighted",
+            "linear-kool",
+        ),
+        references=("corrected-linear",),
+        corrected=(),
+        targets=20_000,
+        shares="small",
+    ),
+    # Other data, the same setting but for longer targets: nothing was chosen on them.
+    "sentences": Grid(
+        setting={**_SMALL, "data.target_max_len": 40},
+        cells=("stale", "corrected-linear", "refreshed-25"),
+        corrected=("corrected-linear",),
     ),
     # Retrieval learned through answers alone.
     "answers": Grid(
         setting=settings_of(rlm_quickstart.get_config()),
         cells=("frozen", "stale", "corrected", "refreshed-answers"),
-        fresh="refreshed-answers",  # every 25 steps, once passages are no longer given
+        references=("frozen", "stale", "refreshed-answers"),
         corrected=("corrected",),
-        frozen="frozen",
+        fresh="refreshed-answers",  # every 25 steps, once passages are no longer given
         metrics=("em", "recall@20", "mrr@10"),
         own_data=True,
     ),

@@ -360,10 +360,13 @@ def compare(arguments: argparse.Namespace, changes: Mapping[str, Any]) -> int:
             "refreshed cell in its place"
         )
     name = arguments.name or arguments.grid
+    if arguments.name:
+        grid = dataclasses.replace(grid, shares="")
     changes = dict(changes)
     cache_dir = str(changes.pop("data.cache_dir", ""))
     runs = arguments.runs.resolve()
-    cells = plan(grid, name, runs=runs, results=arguments.results, changes=changes)
+    shared = grid.shares or name
+    cells = plan(grid, shared, runs=runs, results=arguments.results, changes=changes)
     if arguments.list:
         for cell in cells:
             print(f"{cell.name}-{cell.seed}: {cell.state()}")
@@ -377,7 +380,7 @@ def compare(arguments: argparse.Namespace, changes: Mapping[str, Any]) -> int:
     code = run_all(
         cells,
         arguments.data,
-        runs / name,
+        runs / shared,
         grid=grid,
         cache_dir=cache_dir,
         keep=arguments.keep,
