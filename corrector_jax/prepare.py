@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from corrector_jax import job, paths
 from corrector_jax.data import sources
+from corrector_jax.data.layouts import tfds
 from corrector_jax.types import UserError
 from corrector_jax.writer import say
 
@@ -36,6 +37,7 @@ def prepare_data(config: ConfigDict) -> None:
 
 
 def _prepare_published(config: ConfigDict) -> None:
+    tfds.library()
     from corrector_jax.data import builders
 
     root = paths.make(config.data.path)

@@ -108,6 +108,12 @@ def test_the_command_line_says_what_to_do_without_a_network(tmp_path):
     assert f"into {tmp_path}/everything/published/wikipedia, packed or unpacked" in line
 
 
+def test_without_tensorflow_datasets_one_sentence_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(UserError, match=r"tensorflow_datasets, .* pip install tensorflow-datasets"):
+        prepare_data(config_of("nq", tmp_path))
+
+
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_fetched(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "free_bytes", lambda path: 30 * 10**9)
     with pytest.raises(UserError) as error:

@@ -9,6 +9,7 @@ Records are read by random access, without TensorFlow.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 from corrector_jax import paths
@@ -22,6 +23,22 @@ _FIELDS = {
     "corpus": {"id", "title", "text"},
     "queries": {"id", "text", "answers", "positives", "grades", "negatives"},
 }
+
+
+def library() -> ModuleType:
+    """`tensorflow_datasets`: everything else works without it.
+
+    Raises:
+      UserError: it cannot be imported.
+    """
+    try:
+        import tensorflow_datasets
+    except Exception as error:  # beside other versions of what it needs it is no ImportError
+        raise UserError(
+            f"tensorflow_datasets, which published data are kept with, cannot be imported "
+            f"({brief(error)}): pip install tensorflow-datasets"
+        ) from error
+    return tensorflow_datasets
 
 
 class Tfds:
@@ -96,14 +113,13 @@ def _versions(path: AnyPath) -> list[AnyPath]:
 
 
 def _open(path: AnyPath, kind: str) -> Any:
-    import tensorflow_datasets as tfds
-
     versions = _versions(path)
     if not versions:
         raise UserError(
             f"{path} holds no TFDS data: make it with --mode=prepare_data, as in "
             "--config=configs/nq.py."
         )
+    tfds = library()
     try:
         builder = tfds.builder_from_directory(str(versions[-1]))
         found = set(builder.info.features)
