@@ -35,13 +35,14 @@ from benchmarks import grid_data
 from benchmarks.grids import GRIDS, config_of
 from corrector_jax import cache as caches
 from corrector_jax import chips, losses, paths, rng
+from corrector_jax.cache import TargetCache
 from corrector_jax.embed import go_over
 from corrector_jax.job import Job, make_job
 from corrector_jax.metrics import Divergence
 from corrector_jax.models.corrector import Corrector, Linear, Mlp, Nystrom, PerRow
 from corrector_jax.optimizer import corrector_optimizer
 from corrector_jax.refresh import CacheWriter
-from corrector_jax.state import CorrectorState, Pairs, init_corrector
+from corrector_jax.state import CorrectorState, Pairs, TrainState, init_corrector
 from corrector_jax.steps import selection
 from corrector_jax.train import place_batch
 from corrector_jax.types import Array, PyTree, UserError
@@ -142,41 +143,51 @@ class Probe(NamedTuple):
     queries: Array
 
 
-def record(config: ConfigDict, path: Path) -> None:
-    """Trains as `corrector_jax.train` does, and keeps pairs and probes."""
-    job = make_job(config)
-    ids = np.sort(np.random.default_rng(5).choice(job.size, SAMPLE, replace=False))
-    embed, ask = jax.jit(job.model.encode_targets), jax.jit(job.model.encode_queries)
-
-    def probe(params: PyTree) -> dict[str, np.ndarray]:
-        found: dict[str, list[Array]] = {"stale": [], "fresh": []}
-        for at in range(0, SAMPLE, 512):
-            rows = jnp.asarray(ids[at : at + 512], jnp.int32)
-            found["stale"].append(caches.take(cache, rows, job.place))
-            found["fresh"].append(embed(params, caches.take_tokens(job.tokens, rows, job.place)))
-        of_rows = {name: np.concatenate(blocks) for name, blocks in found.items()}
-        return of_rows | {"queries": np.asarray(ask(params, job.probe_queries))}
-
+def training(job: Job) -> Iterator[tuple[TrainState, TargetCache]]:
+    """Trains as `corrector_jax.train` does: the state and the cache before and after every step."""
     state = job.init_state()
     filled = CacheWriter(job.empty_cache(), step=0, place=job.place)
     go_over(job.embedder, state.params, np.arange(job.size), [filled])
-    cache = filled.cache
-    step_fn, probe_fn = job.train_step(), job.probe_step()
-    kept: dict[str, Any] = {}
-    pairs: list[Pairs] = []
-    every, steps = config.corrector.probe_every, config.train.steps
-    for step in range(steps + 1):
-        if step and step % every == 0:
-            kept |= {f"{step}/{name}": x for name, x in probe(state.params).items()}
-            state, *_ = probe_fn(state, cache, job.tokens, job.probe_queries, job.probe_ids)
-        if step == steps:
-            break
-        key = job.place.put_everywhere(rng.key(config.seed, "step", step))
+    cache, step_fn, probe_fn = filled.cache, job.train_step(), job.probe_step()
+    yield state, cache
+    steps = job.config.train.steps
+    for step in range(steps):
+        key = job.place.put_everywhere(rng.key(job.config.seed, "step", step))
         state, cache, measured = step_fn(state, cache, job.tokens, place_batch(job, step), key)
-        pairs.append(jax.tree.map(lambda x: np.array(x[-1]), jax.device_get(state.corrector.ring)))
         loss = measured["loss"]
         print(f"\rstep {step + 1} of {steps}, loss {loss.total / loss.weight:.3f}", end="")
+        if (step + 1) % job.config.corrector.probe_every == 0:
+            state, *_ = probe_fn(state, cache, job.tokens, job.probe_queries, job.probe_ids)
+        yield state, cache
     print()
+
+
+def embedded(job: Job, params: PyTree, cache: TargetCache, ids: np.ndarray) -> dict[str, Any]:
+    """Targets as the cache has them, and as the encoder has them now, [n, D] each."""
+    embed = jax.jit(job.model.encode_targets)
+    found: dict[str, list[Array]] = {"stale": [], "fresh": []}
+    for at in range(0, len(ids), 512):
+        rows = jnp.asarray(ids[at : at + 512], jnp.int32)
+        found["stale"].append(caches.take(cache, rows, job.place))
+        found["fresh"].append(embed(params, caches.take_tokens(job.tokens, rows, job.place)))
+    return {name: np.concatenate(blocks) for name, blocks in found.items()}
+
+
+def record(config: ConfigDict, path: Path) -> None:
+    """Trains, and keeps pairs and probes."""
+    job = make_job(config)
+    ids = np.sort(np.random.default_rng(5).choice(job.size, SAMPLE, replace=False))
+    ask = jax.jit(job.model.encode_queries)
+    kept: dict[str, Any] = {}
+    pairs: list[Pairs] = []
+    for step, (state, cache) in enumerate(training(job)):
+        if not step:
+            continue
+        pairs.append(jax.tree.map(lambda x: np.array(x[-1]), jax.device_get(state.corrector.ring)))
+        if step % config.corrector.probe_every == 0:
+            found = embedded(job, state.params, cache, ids)
+            found["queries"] = np.asarray(ask(state.params, job.probe_queries))
+            kept |= {f"{step}/{name}": x for name, x in found.items()}
     for name in ("stale", "fresh"):
         kept[name] = np.stack([getattr(one, name) for one in pairs])
     paths.write(path.with_suffix(".json"), json.dumps(describe(job)) + "\n")
