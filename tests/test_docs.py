@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import array_record.python.array_record_data_source  # its flags, before any are saved
 import pytest
 from absl.testing import flagsaver
 
@@ -426,10 +427,10 @@ def test_every_command_of_a_page_runs(page, place, monkeypatch):
         shutil.copytree(place / "runs" / "mine", place / "runs" / name)
     for command in (c for c in MAIN if c.page == page and c.mode != SERVED):
         arguments = tamed(command, place)
-        workdir = next((w for w in arguments if w.startswith("--workdir=")), "--workdir=")
+        workdirs = [w for w in arguments if w.startswith("--workdir=")]
         if command.mode == "train":  # what is there is another run
-            shutil.rmtree(place / workdir.removeprefix("--workdir="), ignore_errors=True)
-            if workdir == "--workdir=":
-                arguments.append(f"--workdir={place / 'runs' / 'unnamed'}")
-                shutil.rmtree(place / "runs" / "unnamed", ignore_errors=True)
+            workdir = workdirs[0].removeprefix("--workdir=") if workdirs else "runs/unnamed"
+            shutil.rmtree(place / workdir, ignore_errors=True)
+            if not workdirs:
+                arguments.append(f"--workdir={workdir}")
         assert run(*arguments) == 0, command
