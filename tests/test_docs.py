@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import array_record.python.array_record_data_source  # its flags, before any are saved
+import array_record.python.array_record_data_source  # noqa: F401 - its flags, before any are saved
 import pytest
 from absl.testing import flagsaver
 
