@@ -231,6 +231,7 @@ def ask(
             prefix=reader.passage_prefix,
             max_len=reader.passage_max_len,
             folder=sources.cache_folder(config.data.cache_dir) / "tokens",
+            keys="reader.passage",
         )
         tokens = caches.create_tokens(
             table.ids,

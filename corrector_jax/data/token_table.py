@@ -49,6 +49,7 @@ def token_table(
     prefix: str,
     max_len: int,
     folder: Path,
+    keys: str = "data.target",
 ) -> TokenTable:
     """Tokenizes a corpus, unless that was done before.
 
@@ -61,6 +62,8 @@ def token_table(
       prefix: put before every text.
       max_len: T; longer texts lose their end.
       folder: where tables are kept, on a local disk.
+      keys: what the configuration's keys of prefix and length begin with; a table is compared
+        with those of its own.
 
     Returns:
       The table, [N, T].
@@ -72,18 +75,19 @@ def token_table(
         tokenizer, prefix=prefix, max_len=max_len, content_fingerprint=content_fingerprint
     )
     place = folder / key[:32]
+    section, text = keys.split(".")
     made_of = {
         "name": name,
         "tokenizer": tokenizer.fingerprint,
         "target_template": template,
-        "target_prefix": prefix,
-        "target_max_len": max_len,
+        f"{text}_prefix": prefix,
+        f"{text}_max_len": max_len,
         "corpus": content_fingerprint,
     }
     if not (place / "manifest.json").exists():
         with writing(place):
             if not (place / "manifest.json").exists():  # another process may have made it
-                changed = _changed(folder, made_of)
+                changed = _changed(folder, made_of, section)
                 if changed:
                     say(f"{name} is tokenized anew: {changed}")
                 _write(place, texts, tokenizer, prefix=prefix, max_len=max_len)
@@ -166,7 +170,7 @@ def _header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
     return buffer.getvalue()
 
 
-def _changed(folder: Path, made_of: dict[str, Any]) -> str:
+def _changed(folder: Path, made_of: dict[str, Any], section: str) -> str:
     """How this table differs from the most similar one of the same name; '' = there is none."""
     before = []
     for file in folder.glob("*/manifest.json"):
@@ -174,8 +178,9 @@ def _changed(folder: Path, made_of: dict[str, Any]) -> str:
             other = paths.read_json(file)
         except (OSError, ValueError):
             continue  # only what is needed has to be whole
-        if isinstance(other, dict) and other.get("name") == made_of["name"]:
-            keys = [key for key in made_of if other.get(key) != made_of[key]]
+        alike = isinstance(other, dict) and other.keys() == made_of.keys()
+        if alike and other["name"] == made_of["name"]:
+            keys = [key for key in made_of if other[key] != made_of[key]]
             before.append((len(keys), -file.stat().st_mtime, keys, other))
     if not before:
         return ""
@@ -187,5 +192,6 @@ def _changed(folder: Path, made_of: dict[str, Any]) -> str:
         if key in ("tokenizer", "corpus"):
             said.append(f"the {key} changed")
         else:
-            said.append(f"config.data.{key} was {other.get(key)!r} and is {made_of[key]!r}")
+            of = "data" if key == "target_template" else section
+            said.append(f"config.{of}.{key} was {other[key]!r} and is {made_of[key]!r}")
     return ", ".join(said)

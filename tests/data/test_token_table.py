@@ -74,6 +74,17 @@ def test_a_table_is_used_again_and_what_changed_is_named(tmp_path, tokenizer, mo
     assert "anew: the tokenizer changed" in capsys.readouterr().out
 
 
+def test_a_reader_s_table_is_compared_with_a_reader_s(tmp_path, tokenizer, capsys):
+    make(tmp_path, tokenizer)
+    make(tmp_path, tokenizer, max_len=8, keys="reader.passage")
+    assert "anew" not in capsys.readouterr().out
+    make(tmp_path, tokenizer, max_len=9, keys="reader.passage")
+    (line,) = capsys.readouterr().out.strip().splitlines()
+    assert line.endswith("anew: config.reader.passage_max_len was 8 and is 9")
+    make(tmp_path, tokenizer, max_len=7)
+    assert "config.data.target_max_len was 6 and is 7" in capsys.readouterr().out
+
+
 def test_a_whole_table_is_read_where_nothing_can_be_written(tmp_path, tokenizer, monkeypatch):
     first = make(tmp_path, tokenizer)
 
