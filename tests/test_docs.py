@@ -388,7 +388,7 @@ def sizes(command: Command, folder: Path) -> dict[str, object]:
     text = " ".join(command.words)
     reader = "rlm_" in text or "reader.weights" in text
     if reader:
-        made |= tiny.reader_overrides(folder)
+        made |= tiny.reader_overrides(folder) | {"reader.warmup": 1}
     if published := re.search(r"configs/(?:rlm_)?(nq|msmarco|triviaqa|hotpotqa)\.py", text):
         everything = folder / "everything"
         if not everything.exists():
@@ -428,9 +428,10 @@ def test_every_command_of_a_page_runs(page, place, monkeypatch):
     for command in (c for c in MAIN if c.page == page and c.mode != SERVED):
         arguments = tamed(command, place)
         workdirs = [w for w in arguments if w.startswith("--workdir=")]
-        if command.mode == "train":  # what is there is another run
+        if command.mode == "train":
             workdir = workdirs[0].removeprefix("--workdir=") if workdirs else "runs/unnamed"
-            shutil.rmtree(place / workdir, ignore_errors=True)
+            if (place / workdir / "checkpoints").exists():  # another run is there
+                shutil.rmtree(place / workdir)
             if not workdirs:
                 arguments.append(f"--workdir={workdir}")
         assert run(*arguments) == 0, command
