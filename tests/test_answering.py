@@ -17,12 +17,12 @@ from corrector_jax.checkpoint import Checkpoints
 from corrector_jax.job import make_job
 from corrector_jax.models import pretrained
 from corrector_jax.models.reader import Reader
-from corrector_jax.preemption import PreemptedError, Preemption
+from corrector_jax.preemption import PreemptedError
 from corrector_jax.ranking import read_trec
 from corrector_jax.reading import GIVEN
 from corrector_jax.train import train
 from corrector_jax.types import UserError
-from tests import tiny
+from tests import stopping, tiny
 
 MEASURES = {"em", "f1", *(f"answer_recall@{k}" for k in (1, 5, 20, 100))}
 
@@ -182,22 +182,7 @@ def test_asked_to_stop_again_and_again_it_ends_as_if_nothing_had_happened(
     config, folder, workdir, monkeypatch
 ):
     """Before the first step, in given steps, in others, and while evaluating."""
-    asked = stops = 0
-
-    def check(self: Preemption) -> None:
-        nonlocal asked
-        asked += 1
-        if asked == 3 + 4 * stops:  # later every time: what is done anew after a stop must end
-            asked = 0
-            raise PreemptedError("the test")
-
-    monkeypatch.setattr(Preemption, "check", check)
-    while not (folder / "stopped" / "results.json").exists():
-        try:
-            run(config, folder / "stopped")
-        except PreemptedError:
-            stops += 1
-    assert stops >= 4
+    assert stopping.to_its_end(lambda: run(config, folder / "stopped"), monkeypatch) >= 4
     expected, found = faults.outcome(workdir), faults.outcome(folder / "stopped")
     assert [key for key in expected if expected[key] != found[key]] == []
 

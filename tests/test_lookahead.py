@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import shutil
@@ -19,10 +18,9 @@ from corrector_jax.evaluate import evaluate_run
 from corrector_jax.inspection import inspect_run
 from corrector_jax.job import make_job
 from corrector_jax.lookahead import Nothing, make_lookahead
-from corrector_jax.preemption import PreemptedError, Preemption
 from corrector_jax.train import place_batch, train
 from corrector_jax.types import UserError
-from tests import oracle, tiny
+from tests import oracle, stopping, tiny
 
 CHANGES = {
     "negatives__proposal": "scann", "negatives__candidates": 12, "negatives__tail": 8,
@@ -93,19 +91,7 @@ def test_inspecting_a_run_looks_at_its_index_too(alone, tmp_path, capsys):
 
 def test_stopped_again_and_again_it_ends_as_if_nothing_had_happened(folder, alone, monkeypatch):
     config = tiny.config(folder, **CHANGES)
-    asked, stops = itertools.count(1), 0
-
-    def check(self: Preemption) -> None:
-        if next(asked) % 8 == 0:  # a pass over the corpus asks five times
-            raise PreemptedError("the test")
-
-    monkeypatch.setattr(Preemption, "check", check)
-    while not (folder / "stopped" / "results.json").exists():
-        try:
-            run(config, folder / "stopped")
-        except PreemptedError:
-            stops += 1
-    assert stops >= 3
+    assert stopping.to_its_end(lambda: run(config, folder / "stopped"), monkeypatch) >= 3
     expected, found = outcome(config, alone), outcome(config, folder / "stopped")
     assert [key for key in expected if expected[key] != found[key]] == []
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 import time
@@ -16,10 +15,9 @@ from benchmarks import faults
 from corrector_jax.checkpoint import Checkpoints
 from corrector_jax.job import make_job
 from corrector_jax.lock import Lock
-from corrector_jax.preemption import PreemptedError, Preemption
 from corrector_jax.train import make_batch, train
 from corrector_jax.types import UserError
-from tests import tiny
+from tests import stopping, tiny
 
 
 def run(config, workdir: Path) -> dict:
@@ -172,22 +170,10 @@ def test_killed_and_terminated_anywhere_it_ends_as_if_nothing_had_happened(tmp_p
     assert done.runs >= 1
 
 
-def assert_stopping_changes_nothing(config, folder, monkeypatch, *, every=13):
-    """The same run alone, and one that is asked to stop at every so many occasions."""
+def assert_stopping_changes_nothing(config, folder, monkeypatch):
+    """The same run alone, and one that is asked to stop again and again."""
     run(config, folder / "alone")
-    asked, stops = itertools.count(1), 0
-
-    def check(self: Preemption) -> None:
-        if next(asked) % every == 0:  # a pass over the corpus asks five times
-            raise PreemptedError("the test")
-
-    monkeypatch.setattr(Preemption, "check", check)
-    while not (folder / "stopped" / "results.json").exists():
-        try:
-            run(config, folder / "stopped")
-        except PreemptedError:
-            stops += 1
-    assert stops >= 2
+    assert stopping.to_its_end(lambda: run(config, folder / "stopped"), monkeypatch) >= 3
     expected, found = faults.outcome(folder / "alone"), faults.outcome(folder / "stopped")
     assert [key for key in expected if expected[key] != found[key]] == []
 
@@ -222,7 +208,7 @@ def test_what_a_strategy_changes_on_the_way_is_resumed(folder, monkeypatch, case
     strategy, name = case.split(",")[0], case.replace(", ", "-")
     changes = {"eval__bm25": False, "train__steps": 7, "checkpoint__every": 3}
     config = tiny.config(folder, strategy=strategy, **(changes | REWRITING[case]))
-    assert_stopping_changes_nothing(config, folder / name, monkeypatch, every=9)
+    assert_stopping_changes_nothing(config, folder / name, monkeypatch)
     state, cache, position = saved(config, folder / name / "alone")
     ledger, written = position.ledger, np.asarray(cache.written_at)[: cache.size]
     if strategy == "streaming":
