@@ -67,7 +67,7 @@ docs: setup ## The site, into build/docs; a link that leads nowhere is an error
 	@echo "build/docs/index.html"
 
 notebooks: setup ## Every notebook from a clean kernel, in small
-	CORRECTOR_SMALL=1 $(BIN)/jupyter-execute --timeout=900 notebooks/*.ipynb
+	ls notebooks/*.ipynb | CORRECTOR_SMALL=1 xargs -n 1 -P 2 $(BIN)/jupyter-execute --timeout=900
 
 format: setup ## Rewrite the code as ruff wants it
 	$(BIN)/ruff check --fix .
