@@ -361,11 +361,12 @@ class Job:
         """Waits; the exit code and what was said on standard error.
 
         Of several processes the code is one that nobody foresaw, or that of the one that was
-        killed: that the others lost it is no news.
+        killed: that the others lost it is no news, nor that jax ended them (docs/scale.md).
         """
         ended = [process.communicate(timeout=900)[1] for process in self._processes]
         codes = [process.returncode for process in self._processes]
-        known = (-signal.SIGKILL, LOST, EXIT_CODE, 0)  # the first of them that is there counts
+        # The first of them that is there counts.
+        known = (-signal.SIGKILL, LOST, -signal.SIGABRT, EXIT_CODE, 0)
         strange = [code for code in codes if code not in known]
         code = [*strange, *(code for code in known if code in codes)][0]
         return code, b"\n".join(ended).decode(errors="replace")

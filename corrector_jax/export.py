@@ -21,6 +21,9 @@ from corrector_jax.writer import say
 FINAL = "final"
 """The folder of a run that holds its encoders."""
 
+_UNFINISHED = ".unfinished"
+"""In a folder that is being written: where that was killed, the same command writes it anew."""
+
 
 def export_run(workdir: AnyPath, *, path: str = "") -> AnyPath:
     """Writes the encoders of a run's newest checkpoint.
@@ -36,10 +39,17 @@ def export_run(workdir: AnyPath, *, path: str = "") -> AnyPath:
       UserError: there is no run or no checkpoint, or the folder holds something else.
     """
     folder = paths.make(path) if path else workdir / FINAL
-    if path and folder.exists() and any(folder.iterdir()):
-        raise UserError(f"config.export.path={path} holds files already: name an empty folder")
+    mark = folder / _UNFINISHED
+    if path and folder.exists():
+        found = {entry.name for entry in folder.iterdir()}
+        if mark.name in found:
+            paths.remove(folder)
+        elif found - {f".{mark.name}.tmp"}:  # the mark itself, half written
+            raise UserError(f"config.export.path={path} holds files already: name an empty folder")
     job, state, position = trained(workdir)
+    paths.write(mark, "")
     write_final(job, state.params, workdir, position, folder)
+    paths.remove(mark)
     say(f"{job.model.dim} dimensions, at step {position.step:,}: {folder}")
     return folder
 

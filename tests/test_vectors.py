@@ -177,6 +177,22 @@ def test_export_writes_what_training_left(run, tmp_path):
     assert export.export_run(run) == run / "final"
 
 
+def test_an_export_that_was_killed_is_written_anew(run, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def killed(*arguments: object) -> None:
+        (out / "half").write_text("of it")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "write_final", killed)
+        with pytest.raises(KeyboardInterrupt):
+            export.export_run(run, path=str(out))
+    export.export_run(run, path=str(out))
+    names = [{path.name for path in top.iterdir()} for top in (run / "final", out)]
+    assert names[0] == names[1]  # nothing of the one that was killed, and no mark
+
+
 def test_the_card_says_what_it_is(run):
     card = (run / "final" / "README.md").read_text()
     for words in (
