@@ -333,7 +333,7 @@ def real(source: str, runs: Path) -> dict[str, Any]:
 
 
 def picture(table: Sequence[Mapping[str, Any]]) -> Figure:
-    """Bias against spread: a colour for each estimator, filled where draws are by exact logits."""
+    """Bias against spread: a colour for each estimator, a marker for what draws are made by."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.0), dpi=140, facecolor=LIGHT.paper, layout="constrained")
