@@ -33,8 +33,8 @@ PLOTS = {
 }
 """Name of a picture's file -> what it shows."""
 
-# Okabe and Ito: the hues stay apart for colour-blind eyes.
-_COLOURS = ("#000000", "#d55e00", "#0072b2", "#56b4e9", "#009e73", "#cc79a7", "#e69f00", "#5d6670")
+COLOURS = ("#000000", "#d55e00", "#0072b2", "#56b4e9", "#009e73", "#cc79a7", "#e69f00", "#5d6670")
+"""Okabe and Ito's: the hues stay apart for colour-blind eyes."""
 
 Record = Mapping[str, Any]
 Records = Mapping[str, Sequence[Record]]
@@ -240,8 +240,8 @@ def draw_recall(records: Records) -> Figure:
     """Recall@20 against targets encoded for training; bars are standard deviations over seeds."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    figure, ax = _canvas()
-    for (cell, of), colour in zip(records.items(), itertools.cycle(_COLOURS), strict=False):
+    figure, ax = canvas()
+    for (cell, of), colour in zip(records.items(), itertools.cycle(COLOURS), strict=False):
         recall = [one["eval"]["after"]["recall@20"] for one in of]
         encoded = float(np.mean([trained_on(one) for one in of]))
         bar = np.std(recall, ddof=1) if len(recall) > 1 else None
@@ -267,8 +267,8 @@ def draw_recall(records: Records) -> Figure:
 
 def draw_kl(records: Records) -> Figure:
     """KL(P||P') of what selection uses over steps, on the probe; diamonds: exact, at the end."""
-    figure, ax = _canvas()
-    for (cell, of), colour in zip(records.items(), itertools.cycle(_COLOURS), strict=False):
+    figure, ax = canvas()
+    for (cell, of), colour in zip(records.items(), itertools.cycle(COLOURS), strict=False):
         lines = [line for line in map(in_use, of) if line is not None]
         if not lines:
             continue
@@ -342,10 +342,11 @@ def _spread(found: Record | None, digits: int) -> str:
     return f"{found['mean']:.{digits}f}{spread}"
 
 
-def _canvas() -> tuple[Figure, Axes]:
+def canvas(width: float = 5.6, height: float = 3.8) -> tuple[Figure, Axes]:
+    """An empty picture and its axes; sizes in inches."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.6, 3.8), dpi=140, facecolor=LIGHT.paper, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=140, facecolor=LIGHT.paper, layout="constrained")
     ax = figure.subplots()
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(color=LIGHT.grid, linewidth=0.8)

@@ -22,7 +22,7 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,9 +162,14 @@ def training(job: Job) -> Iterator[tuple[TrainState, TargetCache]]:
     print()
 
 
-def embedded(job: Job, params: PyTree, cache: TargetCache, ids: np.ndarray) -> dict[str, Any]:
+def embedded(
+    job: Job,
+    embed: Callable[[PyTree, Array], Array],
+    params: PyTree,
+    cache: TargetCache,
+    ids: np.ndarray,
+) -> dict[str, Any]:
     """Targets as the cache has them, and as the encoder has them now, [n, D] each."""
-    embed = jax.jit(job.model.encode_targets)
     found: dict[str, list[Array]] = {"stale": [], "fresh": []}
     for at in range(0, len(ids), 512):
         rows = jnp.asarray(ids[at : at + 512], jnp.int32)
@@ -177,7 +182,7 @@ def record(config: ConfigDict, path: Path) -> None:
     """Trains, and keeps pairs and probes."""
     job = make_job(config)
     ids = np.sort(np.random.default_rng(5).choice(job.size, SAMPLE, replace=False))
-    ask = jax.jit(job.model.encode_queries)
+    embed, ask = jax.jit(job.model.encode_targets), jax.jit(job.model.encode_queries)
     kept: dict[str, Any] = {}
     pairs: list[Pairs] = []
     for step, (state, cache) in enumerate(training(job)):
@@ -185,7 +190,7 @@ def record(config: ConfigDict, path: Path) -> None:
             continue
         pairs.append(jax.tree.map(lambda x: np.array(x[-1]), jax.device_get(state.corrector.ring)))
         if step % config.corrector.probe_every == 0:
-            found = embedded(job, state.params, cache, ids)
+            found = embedded(job, embed, state.params, cache, ids)
             found["queries"] = np.asarray(ask(state.params, job.probe_queries))
             kept |= {f"{step}/{name}": x for name, x in found.items()}
     for name in ("stale", "fresh"):

@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import grid_data
+from benchmarks.comparison import COLOURS, canvas
 from benchmarks.corrector_study import embedded, training
 from benchmarks.grids import GRIDS, config_of
 from corrector_jax import chips, losses, paths
@@ -140,7 +141,7 @@ def real_worlds(source: str, runs: Path) -> tuple[dict[str, World], dict[str, An
     ids = np.concatenate(
         [positives, rng.choice(others, REAL_TARGETS - REAL_QUERIES, replace=False)]
     )
-    rows = embedded(job, state.params, cache, ids)
+    rows = embedded(job, jax.jit(job.model.encode_targets), state.params, cache, ids)
     tokens = jnp.asarray(job.query_tokens[job.dev_split][chosen])
     # Half of beta on either side: scores are products of the two.
     scale = config.model.beta**0.5
@@ -165,46 +166,64 @@ def dense(queries: Array, targets: Array, world: World) -> Array:
     return losses.dense(jnp.diagonal(scores), scores, world.known).mean()
 
 
-def log_probabilities(world: World) -> tuple[Array, Array]:
-    """log Z [B] of the targets that are no known positives, and log p [B, N]."""
+class Proposal(NamedTuple):
+    """What a problem's draws come from, the same for every key.
+
+    Attributes:
+      log_z: [B] float32, of the targets that are no known positives.
+      log_p: [B, N] float32, -inf at those.
+      below: [B, N] float32, the sum of the probabilities up to each target.
+    """
+
+    log_z: Array
+    log_p: Array
+    below: Array
+
+
+def proposal_of(world: World) -> Proposal:
+    """The softmax of a problem's logits, over what may be drawn."""
     masked = jnp.where(world.known, -jnp.inf, world.logits)
     log_z = jax.nn.logsumexp(masked, axis=1)
-    return log_z, masked - log_z[:, None]
+    log_p = masked - log_z[:, None]
+    return Proposal(log_z, log_p, jnp.cumsum(jnp.exp(log_p), axis=1))
 
 
 def estimate(
-    queries: Array, targets: Array, world: World, drawn: Draws, name: str, shared: bool
+    queries: Array,
+    targets: Array,
+    world: World,
+    proposal: Proposal,
+    drawn: Draws,
+    name: str,
+    shared: bool,
 ) -> Array:
     """The mean over queries of an estimator's loss for draws [B, m]."""
     positives = len(queries)
     positive = jnp.sum(queries * targets[:positives], axis=1)
-    _, log_p = log_probabilities(world)
     if shared:
         pool_ids = drawn.ids.reshape(-1)
         if name == "truncated":  # the paper's shared pool holds the batch's positives too
             pool_ids = jnp.concatenate([jnp.arange(positives), pool_ids])
         scores = queries @ targets[pool_ids].T
-        pool = Pool(pool_ids, scores, log_p[:, pool_ids], ~world.known[:, pool_ids])
+        pool = Pool(pool_ids, scores, proposal.log_p[:, pool_ids], ~world.known[:, pool_ids])
     else:
         scores = jnp.einsum("bd,bmd->bm", queries, targets[drawn.ids])
-        given = jnp.take_along_axis(log_p, drawn.ids, axis=1)
+        given = jnp.take_along_axis(proposal.log_p, drawn.ids, axis=1)
         pool = Pool(drawn.ids, scores, given, jnp.ones_like(scores, bool))
     return ESTIMATORS[name](positive, pool, drawn).mean()
 
 
-def draw(world: World, key: Array, draws: int, *, replacing: bool) -> Draws:
-    """m draws of every query from the softmax of its logits, with replacement or without."""
-    log_z, log_p = log_probabilities(world)
-    kappa = None
+def draw(proposal: Proposal, key: Array, draws: int, *, replacing: bool) -> Draws:
+    """m draws of every query, with replacement or without."""
+    log_p, below, kappa = proposal.log_p, proposal.below, None
     if replacing:
         # By inversion: the problem is small, and Gumbel noise for all targets takes far longer.
-        below = jnp.cumsum(jnp.exp(log_p), axis=1)
         level = below[:, -1:] * jax.random.uniform(key, (len(log_p), draws))
         ids = jax.vmap(functools.partial(jnp.searchsorted, side="right"))(below, level)
     else:
         best, ids = jax.lax.top_k(log_p + jax.random.gumbel(key, log_p.shape), draws + 1)
         kappa, ids = best[:, -1], ids[:, :-1]
-    return Draws(ids, jnp.zeros(ids.shape), ids >= 0, log_z, kappa)
+    return Draws(ids, jnp.zeros(ids.shape), ids >= 0, proposal.log_z, kappa)
 
 
 @functools.partial(jax.jit, static_argnames=("name", "shared", "draws"))
@@ -212,10 +231,13 @@ def sums(
     world: World, exact: tuple[Array, Array], keys: Array, *, name: str, shared: bool, draws: int
 ) -> Sums:
     """Over one group of keys: the summed error of the gradient, and its summed square."""
+    proposal = proposal_of(world)
 
     def step(total: Sums, key: Array) -> tuple[Sums, None]:
-        drawn = draw(world, key, draws, replacing=name != "kool")
-        found = jax.grad(estimate, (0, 1))(world.queries, world.targets, world, drawn, name, shared)
+        drawn = draw(proposal, key, draws, replacing=name != "kool")
+        found = jax.grad(estimate, (0, 1))(
+            world.queries, world.targets, world, proposal, drawn, name, shared
+        )
         gap = jax.tree.map(jnp.subtract, found, exact)
         square = sum(jnp.sum(jnp.square(leaf)) for leaf in gap)
         return (jax.tree.map(jnp.add, total[0], gap), total[1] + square), None
@@ -334,13 +356,9 @@ def real(source: str, runs: Path) -> dict[str, Any]:
 
 def picture(table: Sequence[Mapping[str, Any]]) -> Figure:
     """Bias against spread: a colour for each estimator, a marker for what draws are made by."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.0), dpi=140, facecolor=LIGHT.paper, layout="constrained")
-    ax = figure.subplots()
-    colours = ("#000000", "#d55e00", "#cc79a7", "#0072b2", "#009e73", "#e69f00")  # Okabe and Ito
+    figure, ax = canvas(6.4, 4.0)
     markers = {"exact": "o", "corrected": "s", "stale": "^"}
-    for (name, shared), colour in zip(FORMS, colours, strict=True):
+    for (name, shared), colour in zip(FORMS, COLOURS, strict=False):
         of = [r for r in table if (r["estimator"], r["pool"]) == (name, pool_of(shared))]
         sd, bias = [r["sd"] for r in of], [r["bias"] for r in of]
         ax.plot(sd, bias, "-", color=colour, linewidth=1, label=f"{name}, {pool_of(shared)} pool")
@@ -350,9 +368,6 @@ def picture(table: Sequence[Mapping[str, Any]]) -> Figure:
         ax.plot([], [], marker, color=LIGHT.ink, label=f"drawn by {name} logits")
     ax.set_xlabel("standard deviation of one estimate / length of the gradient")
     ax.set_ylabel("bias / length of the gradient")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(color=LIGHT.grid, linewidth=0.8)
-    ax.set_axisbelow(True)
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
