@@ -23,7 +23,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-TITLES = {"mrr@10": "MRR@10", "recall@20": "R@20", "em": "EM"}
+TITLES = {
+    "mrr@10": "MRR@10",
+    "recall@20": "R@20",
+    "em": "EM",
+    "exact_loss": "full-softmax loss",
+}
 KL, FEWER = 0.05, 4
 """Goals: nats from the true softmax with no refresh, and how many times fewer re-embeddings."""
 
@@ -66,7 +71,7 @@ def write(grid: Grid, name: str, results: Path) -> None:
       name: of the results.
       results: the folder that holds `strategies/NAME`, or that of the grid it shares runs with.
     """
-    records = read(grid, results / "strategies" / (grid.shares or name))
+    records = read(grid, results / "strategies" / grid.folder(name))
     if not records:
         return
     summary = summarise(grid, name, records)

@@ -75,6 +75,14 @@ class Grid:
     own_data: bool = False
     shares: str = ""
 
+    def folder(self, name: str) -> str:
+        """The name of the folders that hold its runs and their results.
+
+        Args:
+          name: of the results.
+        """
+        return self.shares or name
+
 
 def settings_of(config: ConfigDict) -> dict[str, Any]:
     """The keys that differ from the default, but for where the data lies: {dotted key: value}."""
@@ -138,6 +146,13 @@ GRIDS: dict[str, Grid] = {
         setting={**_SMALL, "data.target_max_len": 40},
         cells=("stale", "corrected-linear", "refreshed-25"),
         corrected=("corrected-linear",),
+    ),
+    # Data that the encoder was trained on, where metrics have little room: the loss has more.
+    "questions": Grid(
+        setting={**_SMALL, "data.target_max_len": 40},
+        cells=("stale", "corrected-linear", "refreshed-25"),
+        corrected=("corrected-linear",),
+        metrics=("mrr@10", "recall@20", "exact_loss"),
     ),
     # Retrieval learned through answers alone.
     "answers": Grid(

@@ -365,7 +365,7 @@ def compare(arguments: argparse.Namespace, changes: Mapping[str, Any]) -> int:
     changes = dict(changes)
     cache_dir = str(changes.pop("data.cache_dir", ""))
     runs = arguments.runs.resolve()
-    shared = grid.shares or name
+    shared = grid.folder(name)
     cells = plan(grid, shared, runs=runs, results=arguments.results, changes=changes)
     if arguments.list:
         for cell in cells:

@@ -155,17 +155,13 @@ def answer_loss(
         alone = reader.each(tree, passages, answer)
         together = reader.fused(tree, passages, answer) if answering.fused else None
     reading = Reading(alone, chosen.there, here)
-    of_retriever = answering.loss(scores, reading)
-    of_reader = jnp.zeros_like(of_retriever)
+    each = answering.loss(scores, reading)
+    measured = {"retriever_loss": mean(each, valid), "agreement": _agreement(scores, reading)}
     if together is not None:
         of_reader = reader_losses.fused(together, here)
-    each = of_retriever + answering.fused * of_reader
+        measured["reader_loss"] = mean(of_reader, valid)
+        each += answering.fused * of_reader
     loss = jnp.sum(jnp.where(valid, each, 0.0)) / jnp.maximum(valid.sum(), 1)
-    measured = {
-        "retriever_loss": mean(of_retriever, valid),
-        "reader_loss": mean(of_reader, valid),
-        "agreement": _agreement(scores, reading),
-    }
     pool = Pool(chosen.ids, scores, jnp.zeros_like(scores), chosen.there)
     return loss, (chosen, pool, queries, measured)
 
@@ -200,9 +196,9 @@ def answer_step(
       place: the mesh.
 
     Returns:
-      As `train_step`; among the metrics "retriever_loss" and "reader_loss", the two parts of the
-      loss, and "agreement", how often the retriever's best passage is the one that explains the
-      answer best.
+      As `train_step`; among the metrics "retriever_loss" and, where the reader has a loss of its
+      own, "reader_loss", the parts of the loss, and "agreement", how often the retriever's best
+      passage is the one that explains the answer best.
     """
     draw_key, uniform_key = jax.random.split(key)
     (loss, made_of), grads = jax.value_and_grad(answer_loss, has_aux=True)(

@@ -202,6 +202,20 @@ def test_the_reader_s_own_loss_is_that_of_all_passages_at_once():
     np.testing.assert_allclose(value, total, rtol=1e-5)
 
 
+def test_what_is_no_part_of_the_loss_is_not_logged():
+    def logged(weight, *given):
+        answering = Answering(READER, RETRIEVER_LOSSES["pdist"], weight, SIZE, passage_len=6)
+        return answer_loss(
+            *given, model=FREE, answering=answering, method=METHOD, place=PLACE
+        )[1][3]  # fmt: skip
+
+    given = (*world(), batch_of(), jax.random.key(4))
+    without, of_both = (
+        jax.eval_shape(functools.partial(logged, weight), *given) for weight in (0.0, 1.0)
+    )
+    assert of_both.keys() - without.keys() == {"reader_loss"}
+
+
 @functools.partial(oracle.jit, static_argnums=0)
 def fuse(reader, tree, text, answer):
     return reader.fused(tree, reader.encode(tree, text), answer)
