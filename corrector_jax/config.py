@@ -94,6 +94,7 @@ def default() -> ConfigDict:
     c.data.target_prefix = ""  # put before every target; likewise
     c.data.query_max_len = 32  # tokens of a query, special tokens included; 0 = as the weights say
     c.data.target_max_len = 64  # tokens of a target; likewise
+    c.data.holdout = 0.0  # share of the train queries that become dev, if there is no dev and test
     c.data.max_targets = 0  # keep only so many targets, chosen by hash; 0 = all
     c.data.max_queries = 0  # keep so many queries of dev and of test, chosen by hash; 0 = all
     c.data.eval_split = "auto"  # split of the last evaluation: auto (test, else dev) | dev | test
@@ -120,9 +121,9 @@ def default() -> ConfigDict:
     c.cache.tile_rows = 0  # rows scored at once on a device; 0 = as many as sweep_mib allows
 
     c.corrector = ConfigDict()
-    c.corrector.kind = ""  # identity | linear | mlp | nystrom; empty = the strategy's
+    c.corrector.kind = ""  # identity | linear | mlp | nystrom; empty = the strategy's: mlp
     c.corrector.hidden = 0  # width of the mlp; 0 = D
-    c.corrector.learning_rate = 1e-3
+    c.corrector.learning_rate = 1e-3  # of Adam; its own, not falling
     c.corrector.warmup = 100  # updates of the learning rate's ramp, after every reset too
     c.corrector.updates = 1  # per step; the others are on the last steps' pairs
     c.corrector.loss = "mse"  # mse | kl | both
@@ -133,8 +134,8 @@ def default() -> ConfigDict:
     c.corrector.fit_every = 100  # nystrom: steps between encoding them anew
     c.corrector.ridge = 1e-2  # nystrom: lambda of the kernel ridge regression
     c.corrector.probe_every = 100  # steps between probes, which open the gate
-    c.corrector.probe_targets = 1024
-    c.corrector.probe_queries = 256
+    c.corrector.probe_targets = 1024  # uniform targets encoded at a probe
+    c.corrector.probe_queries = 256  # held-out queries of a probe
 
     c.negatives = ConfigDict()
     c.negatives.proposal = ""  # two_level | gumbel_topk | topk | scann; empty = the strategy's
@@ -153,14 +154,13 @@ def default() -> ConfigDict:
     c.index.reorder = 0  # targets scored exactly for a query; 0 = four times as many as wanted
 
     c.loss = ConfigDict()
-    # truncated | single | weighted | balanced | kool; empty = the strategy's
+    # truncated | single | weighted | balanced | kool; empty = the strategy's (docs/estimators.md)
     c.loss.estimator = ""
     c.loss.shared = False  # truncated only: pool all draws and positives of the batch
 
     c.reader = ConfigDict()  # who answers from what is retrieved, and trains the retriever by it:
-    c.reader.weights = (
-        ""  # folder or hub id of a T5, or "random"; empty = no reader: positives train
-    )
+    # folder or hub id of a T5, or "random"; empty = no reader: positives train
+    c.reader.weights = ""
     c.reader.layers = 2  # random weights only: of the encoder and of the decoder
     c.reader.hidden = 128  # random weights only: width
     c.reader.heads = 4  # random weights only
@@ -176,7 +176,7 @@ def default() -> ConfigDict:
     c.reader.given_steps = 0  # first steps, in which the reader alone learns, on given passages
     c.reader.given_share = 0.0  # share of the training questions that are asked in them alone
     c.reader.given = 1  # passages of those steps: a known positive, the rest uniform
-    c.reader.learning_rate = 1e-4
+    c.reader.learning_rate = 1e-4  # its peak; the schedule is train.schedule
     c.reader.warmup = 100  # steps of linear rise of it
     c.reader.query_prefix = ""  # put before every question for the reader
     c.reader.passage_prefix = ""  # put before every passage for the reader
@@ -195,12 +195,12 @@ def default() -> ConfigDict:
     c.refresh.rows = 0  # rolling: targets re-embedded at every step
 
     c.train = ConfigDict()
-    c.train.steps = 1000
+    c.train.steps = 1000  # in all; a run of another number is another run, but for "constant"
     c.train.batch_size = 32  # queries per step, over all devices
-    c.train.learning_rate = 2e-5
+    c.train.learning_rate = 2e-5  # its peak
     c.train.warmup = 100  # steps of linear rise of the learning rate
     c.train.schedule = "linear"  # linear | cosine | constant
-    c.train.weight_decay = 0.0
+    c.train.weight_decay = 0.0  # of AdamW
     c.train.clip = 1.0  # largest global gradient norm; 0 = no clip
     c.train.accumulate = 1  # steps whose gradients make one update
     c.train.chunk = 0  # texts encoded at once, over all devices (GradCache); 0 = all of a step's
@@ -253,7 +253,7 @@ def default() -> ConfigDict:
 
     c.log = ConfigDict()
     c.log.every = 10  # steps between lines of metrics.jsonl
-    c.log.tensorboard = True
+    c.log.tensorboard = True  # events beside metrics.jsonl
 
     c.profile = ConfigDict()
     c.profile.steps = ""  # trace these, as 20:25 (25 not among them), into profile/; empty = none
@@ -323,6 +323,11 @@ def check_values(config: ConfigDict) -> None:
 
 
 def _validate_together(config: ConfigDict) -> None:
+    if config.data.holdout > 0.5:
+        raise UserError(
+            f"config.data.holdout is {config.data.holdout}: write a share of 0.5 or less, or 0 for "
+            "none"
+        )
     if config.train.warmup >= config.train.steps:
         raise UserError(
             f"config.train.warmup is {config.train.warmup} of {config.train.steps} steps: write "
@@ -381,6 +386,16 @@ def _validate_together(config: ConfigDict) -> None:
             f"config.train.steps is {config.train.steps}, not a multiple of "
             f"config.train.accumulate ({config.train.accumulate}): the last gradients would be lost"
         )
+
+
+def in_words(config: ConfigDict) -> str:
+    """One line on what trains: what the strategy left open has been chosen."""
+    words, strategy = chosen(config), STRATEGIES[config.strategy]
+    loss = config.reader.loss if config.reader.weights else words["estimator"]
+    parts = [f"strategy: {config.strategy}", f"negatives by {words['proposal']}", f"loss {loss}"]
+    if strategy.uses_cache:
+        parts += [f"corrector {words['corrector']}", f"refresh {words['refresh']}"]
+    return ", ".join(parts)
 
 
 def chosen(config: ConfigDict) -> dict[str, str]:
@@ -553,6 +568,7 @@ _LEAST = {
     "data.max_bad_rows": 0,
     "data.max_targets": 0,
     "data.max_queries": 0,
+    "data.holdout": 0,
     "model.layers": 0,
     "model.projection": 0,
     "model.hidden": 1,

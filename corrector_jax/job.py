@@ -352,6 +352,7 @@ def load_data(config: ConfigDict, max_bad_rows: int = 0) -> RetrievalData:
         path,
         layout="tfds" if config.data.published else config.data.layout,
         target_template=config.data.target_template,
+        holdout=config.data.holdout,
         max_targets=config.data.max_targets,
         max_queries=config.data.max_queries,
         cache_dir=config.data.cache_dir,

@@ -35,6 +35,7 @@ Flags:
                         hold finished runs on the same queries against the first: compare.html, in
                         --workdir or here
   --query=TEXT          of --mode=search; left out = asked for, or read from standard input
+  --help                this, and every key; beside --config=FILE, with the values of that file
 
 Exit codes: 0 done; 1 inspect found damage, check_data what makes training wrong, or compile
 that memory does not suffice; 2 something to
@@ -56,6 +57,7 @@ import errno  # noqa: E402
 import inspect  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
+import runpy  # noqa: E402
 import signal  # noqa: E402
 import traceback  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -129,10 +131,10 @@ def _keep_compiled() -> None:
 
 def cli() -> None:
     """The command line: one sentence and exit code 2 for what a user can mend."""
-    if {"--help", "-h", "-help"} & set(sys.argv):
-        print(usage())
-        return
     try:
+        if {"--help", "-h", "-help"} & set(sys.argv):
+            print(usage(_file_of(sys.argv)))
+            return
         app.run(main, flags_parser=_parse)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -177,15 +179,33 @@ def _fail(code: int) -> None:
     os._exit(code)
 
 
-def usage() -> str:
-    """The text of --help: this module's docstring and every configuration key."""
-    lines = [str(__doc__), "Configuration keys and their defaults:"]
+def usage(file: str = "") -> str:
+    """The text of --help: this module's docstring and every configuration key.
+
+    Args:
+      file: of configs/, whose values are shown; '' = the defaults.
+    """
+    values = dict(configs.flat(runpy.run_path(file)["get_config"]() if file else configs.default()))
+    lines = [str(__doc__), f"Configuration keys and their values in {file or 'no file'}:"]
+    above = ""
     for line in inspect.getsource(configs.default).splitlines():
-        if found := re.match(r"\s+c\.([\w.]+) = (.+?)(?:  # (.+))?$", line):
-            key, value, comment = found.groups()
-            if not value.startswith("ConfigDict"):
-                lines.append(f"  {key + ' = ' + value:<44}{comment or ''}".rstrip())
+        if found := re.match(r"\s+c\.([\w.]+) = .+?(?:  # (.+))?$", line):
+            key, comment = found.groups()
+            if key in values:
+                shown = f"{key} = {values[key]!r}"
+                lines.append(f"  {shown:<44}{comment or above}".rstrip())
+        found = re.match(r"\s+# (.+)", line)
+        above = f"{above} {found[1]}".strip() if found else ""
     return "\n".join(lines)
+
+
+def _file_of(argv: list[str]) -> str:
+    """What --config names, '' where nothing does."""
+    named = [found[1] for a in argv[1:] if (found := re.fullmatch("--?config=(.*)", a))]
+    for value in named:
+        if not Path(value).is_file():
+            raise UserError(f"--config={value} is not a file: write one such as configs/beir.py")
+    return named[-1] if named else ""
 
 
 def _train() -> None:
@@ -314,11 +334,10 @@ def _with_own_config(argv: list[str]) -> list[str]:
 def _parse(argv: list[str]) -> list[str]:
     """absl's parsing, with what is wrong said in one sentence."""
     argv = _with_own_config(argv)
+    _file_of(argv)
     keys = dict(configs.flat(configs.default()))
     for argument in argv[1:]:
-        name, _, value = argument.lstrip("-").partition("=")
-        if name == "config" and not Path(value).is_file():
-            raise UserError(f"--config={value} is not a file: write one such as configs/beir.py")
+        name = argument.lstrip("-").partition("=")[0]
         key = name.removeprefix("config.")
         if key != name and key not in keys:
             close = difflib.get_close_matches(key, keys, n=1)

@@ -148,6 +148,7 @@ def train(config: ConfigDict, workdir: AnyPath, *, started: float) -> AnyPath:
         with distributed.same_fate():
             job = make_job(config)
             job.require_shares()
+            say(configs.in_words(config))
         distributed.require_same("data", job.fingerprint)
         preemption.check()
         state = job.init_state()

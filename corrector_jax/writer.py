@@ -331,19 +331,23 @@ def progress(label: str, total: int, unit: str, done: int = 0) -> Iterator[Calla
             yield advance
         return
 
-    start = time.monotonic()
-    state = {"done": done, "said": start}
+    start = said = time.monotonic()
+    first: tuple[float, int] | None = None
 
     def advance_plainly(count: int, note: str = "") -> None:
-        state["done"] += count
+        nonlocal done, said, first
+        done += count
         now = time.monotonic()
-        if now - state["said"] < _EVERY_SECONDS and state["done"] < total:
-            return
-        state["said"] = now
-        rate = (state["done"] - done) / max(now - start, 1e-9)
-        left = (total - state["done"]) / rate if rate else 0.0
-        shown = f"{label}: {state['done']:,}/{total:,} {unit}, {rate:,.1f}/s, {_clock(left)} left"
-        print(shown + (f"  {note}" if note else ""), file=sys.stderr, flush=True)
+        if now - said >= _EVERY_SECONDS or done >= total:
+            said = now
+            if first is None:
+                speed = f" in {_clock(now - start)}"
+            else:
+                speed = ", " + _speed(now - first[0], done - first[1], total - done)
+            shown = f"{label}: {done:,}/{total:,} {unit}{speed}"
+            print(shown + (f"  {note}" if note else ""), file=sys.stderr, flush=True)
+        if first is None:  # it compiles: those after it say how long the rest takes
+            first = (now, done)
 
     yield advance_plainly
 
@@ -351,6 +355,14 @@ def progress(label: str, total: int, unit: str, done: int = 0) -> Iterator[Calla
 _EVERY_SECONDS = 10.0
 
 
+def _speed(seconds: float, count: int, left: int) -> str:
+    """How fast it goes, and how long `left` more take."""
+    each = seconds / max(count, 1)
+    speed = f"{each:.1f} s each" if each > 1 else f"{1 / max(each, 1e-9):,.1f}/s"
+    return f"{speed}, {_clock(each * left)} left"
+
+
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes}:{rest:02d}"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -117,9 +118,13 @@ def test_help_lists_every_mode_and_key():
     for key, _ in configs.flat(configs.default()):
         assert f"\n  {key} = " in text, key
     assert "--mode=evaluate" in text
-    done = command("--help")
+    lines = text.splitlines()
+    assert "  loss.estimator = ''                         truncated | single" in text
+    assert len([one for one in lines if re.match(r"  [\w.]+ = .*\S$", one)]) >= 100
+    done = command("--help", "--config=configs/own.py")
     assert done.returncode == 0
     assert "--config.KEY=VALUE" in done.stdout
+    assert "\n  train.warmup = 20 " in done.stdout  # the file's, not the default
 
 
 def test_train_then_evaluate_from_the_command_line(tmp_path):

@@ -112,8 +112,36 @@ def eval_split(data: RetrievalData, wanted: str = "auto") -> str:
     raise UserError(
         f"{data.name} has no queries for {asked}, which the evaluation needs; "
         f"it has: {', '.join(data.splits) or 'no split at all'}; add one, such as dev.jsonl or "
-        "qrels/dev.tsv."
+        "qrels/dev.tsv beside the others, or write --config.data.holdout=0.1 to keep a tenth of "
+        "the train queries for it."
     )
+
+
+def hold_out(data: RetrievalData, share: float) -> RetrievalData:
+    """Makes a dev split of some train queries, where the data have neither dev nor test.
+
+    They are chosen by a hash of their text, the same on every machine: queries that ask the same
+    stay on one side, and those of a smaller share are among those of a larger one.
+
+    Args:
+      data: the whole.
+      share: of the train queries, from 0 (none) to 0.5.
+
+    Raises:
+      UserError: all train queries ask the same.
+    """
+    train = data.splits.get("train")
+    if not share or train is None or {"dev", "test"} & data.splits.keys():
+        return data
+    hashes = np.array([stable_hash(text) for text in train.texts], np.uint64)
+    held = hashes <= np.sort(hashes)[max(round(share * len(hashes)), 1) - 1]
+    if held.all():
+        raise UserError(
+            f"the train queries of {data.name} all ask the same, so none can be held out "
+            "(config.data.holdout): add a dev split."
+        )
+    kept, dev = (keep_queries(train, np.flatnonzero(rows).tolist()) for rows in (~held, held))
+    return dataclasses.replace(data, splits={"train": kept, "dev": dev})
 
 
 def subset(data: RetrievalData, *, max_targets: int = 0, max_queries: int = 0) -> RetrievalData:

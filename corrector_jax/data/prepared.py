@@ -372,6 +372,12 @@ def _build(reader: Reader, place: Path, template: str, rows: Rows) -> None:
             kept = [query for query in found if query.positives]
             without[split], counts[split] = len(found) - len(kept), len(kept)
             if not kept:
+                if not found and rows.refused:
+                    first = next(iter(rows.refused.values())).message
+                    raise UserError(
+                        f"no row of the {split} split of {reader.files[-1].parent} can be read; "
+                        f"the first: {first}"
+                    )
                 raise UserError(
                     f"the {split} split of {reader.files[-1].parent} holds no positive: write at "
                     "least one judgement with a score above 0, or remove the split."

@@ -12,7 +12,7 @@ import numpy as np
 
 from corrector_jax import paths
 from corrector_jax.data import code_search, prepared
-from corrector_jax.data.dataset import RetrievalData, render_target, subset
+from corrector_jax.data.dataset import RetrievalData, hold_out, render_target, subset
 from corrector_jax.data.layouts import inline
 from corrector_jax.data.layouts.beir import Beir, read_corpus
 from corrector_jax.data.layouts.msmarco import MsMarco
@@ -34,6 +34,7 @@ def load(
     *,
     layout: str = "",
     target_template: str = "{title} {text}",
+    holdout: float = 0.0,
     max_targets: int = 0,
     max_queries: int = 0,
     cache_dir: str = "",
@@ -45,6 +46,7 @@ def load(
       path: a folder or file in one of the layouts; '' for the embedded code search data.
       layout: one of `LAYOUTS`, '' to look which one it is.
       target_template: how a target's text is made of its `{title}` and `{text}`.
+      holdout: share of the train queries that become dev where there is neither dev nor test.
       max_targets: keep that many targets, 0 for all; see `subset`.
       max_queries: keep that many queries of dev and of test each, 0 for all.
       cache_dir: see `cache_folder`.
@@ -65,6 +67,10 @@ def load(
         )
     else:
         data = code_search.build(target_template=target_template)
+    without = data
+    if (data := hold_out(without, holdout)) is not without:
+        held, of = len(data.splits["dev"].texts), len(without.splits["train"].texts)
+        say(f"{held:,} of {of:,} train queries are held out as dev (config.data.holdout)")
     return subset(data, max_targets=max_targets, max_queries=max_queries)
 
 
@@ -128,8 +134,8 @@ def find_reader(path: AnyPath, layout: str = "") -> Reader:
     found = _layouts(path)
     if not found:
         raise UserError(
-            f"{path} is in none of the layouts {', '.join(LAYOUTS)}: write which one it should be "
-            "in config.data.layout to see what is missing."
+            f"{path} is in none of the layouts {', '.join(LAYOUTS)}{inline.seen(path)}: write "
+            "which one it should be in config.data.layout to see what is missing."
         )
     if len(found) > 1:
         raise UserError(

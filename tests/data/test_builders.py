@@ -224,7 +224,7 @@ BIENCODER = "nq/biencoder-nq-train.json.gz"
 @pytest.mark.parametrize(
     ("file", "old", "new", "said"),
     [
-        (PSGS, "id\ttext", "id,text", "psgs_w100.tsv.gz:1: the header is missing"),
+        (PSGS, "id\ttext", "id,text", "psgs_w100.tsv.gz:1: the header is 'id,text"),
         (PSGS, "\n9\t", "\n9 ", "psgs_w100.tsv.gz:10: 2 column(s) instead of 3"),
         (PSGS, "\n9\t", "\n9\t\rx", "psgs_w100.tsv.gz:10: new-line character"),
         (PSGS, f'"\t{TITLE}\n', f"\t{TITLE}\n", "psgs_w100.tsv.gz:3: unexpected end of data"),

@@ -131,6 +131,32 @@ def test_max_queries_thins_evaluation_and_leaves_training_whole():
     assert dataset.subset(data) is data
 
 
+def test_some_train_queries_become_dev_where_there_is_none():
+    data = _data(40, train=[[i] for i in range(40)])
+    train = data.splits["train"]
+    train = train._replace(texts=[f"text {i // 2}" for i in range(40)])  # each is asked twice
+    data = dataclasses.replace(data, splits={"train": train})
+    few, more = (dataset.hold_out(data, share).splits for share in (0.1, 0.3))
+    for splits, least in ((few, 4), (more, 12)):
+        kept, held = (set(splits[name].texts) for name in ("train", "dev"))
+        assert not kept & held
+        assert least <= len(splits["dev"].texts) <= least + 1
+        together = sorted(splits["train"].query_ids + splits["dev"].query_ids)
+        assert together == sorted(train.query_ids)
+        for query, rows in zip(splits["dev"].query_ids, splits["dev"].positives, strict=True):
+            assert rows.tolist() == train.positives[train.query_ids.index(query)].tolist()
+    assert set(few["dev"].texts) < set(more["dev"].texts)
+
+
+def test_nothing_is_held_out_where_it_is_not_wanted_or_cannot_be():
+    with_dev = _data(40, train=[[i] for i in range(40)], dev=[[1]])
+    alone = _data(40, train=[[i] for i in range(40)])
+    assert dataset.hold_out(with_dev, 0.1) is with_dev
+    assert dataset.hold_out(alone, 0.0) is alone
+    with pytest.raises(UserError, match="all ask the same"):
+        dataset.hold_out(_data(40, train=[[0]]), 0.1)
+
+
 def test_subset_refuses_nonsense_and_nothing():
     data = _data(40, train=[[0]])
     with pytest.raises(UserError, match="max_queries is -1"):

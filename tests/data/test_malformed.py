@@ -171,9 +171,9 @@ BAD_FILES: list[tuple[str, str, str, Edit, str, str]] = [
         "qrels/dev.tsv",
         line(1, "dev0\tt1\t1"),
         "dev.tsv:1",
-        "header is missing",
+        "the header is",
     ),
-    ("beir", "qrels/dev.tsv", "qrels/dev.tsv", lambda b: b"", "dev.tsv:1", "header is missing"),
+    ("beir", "qrels/dev.tsv", "qrels/dev.tsv", lambda b: b"", "dev.tsv:1", "the header is"),
     (
         "beir",
         "qrels/dev.tsv",
@@ -201,7 +201,7 @@ BAD_FILES: list[tuple[str, str, str, Edit, str, str]] = [
         "psgs_w100.tsv",
         line(1, "id\ttitle\ttext"),
         "psgs_w100.tsv:1",
-        "header is missing",
+        "the header is",
     ),
 ]
 
@@ -285,12 +285,29 @@ def test_folders_where_files_should_be_and_nothing_at_all(tmp_path: Path):
     with pytest.raises(UserError, match="is not a folder or a file"):
         load(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"in none of the layouts .* config\.data\.layout"):
+    with pytest.raises(UserError, match=r"in none of the layouts .*tfds: .* config\.data\.layout"):
         load(tmp_path / "empty")
     with pytest.raises(UserError, match=r"holds no queries: write train\.jsonl"):
         load(tmp_path / "empty", layout="columns")
     with pytest.raises(UserError, match="is not known here"):
         sources.load("ftpx://somewhere/data")
+
+
+def test_a_source_of_no_layout_is_described(tmp_path: Path):
+    rows = [{"anchor": f"question {i}", "postive": f"answer {i}"} for i in range(3)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=r"\(the rows of train\.jsonl have anchor, postive\)"):
+        load(tmp_path)
+    with pytest.raises(
+        UserError, match=r"no row of the train .* first: .*train\.jsonl:1: .*postive"
+    ):
+        load(tmp_path, layout="columns", max_bad_rows=9)
+    table = tmp_path / "rows.csv"
+    table.write_text("anchor,positive\na,b\n")
+    with pytest.raises(UserError, match=r"\(it is not one of \.jsonl, \.json and \.parquet"):
+        load(table)
+    with pytest.raises(UserError, match=r"rows\.csv is not read: write it as one of \.jsonl"):
+        load(table, layout="columns")
 
 
 def test_files_that_are_there_twice_are_named(tmp_path: Path):

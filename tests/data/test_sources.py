@@ -54,6 +54,17 @@ def test_what_was_read_is_cut(tmp_path: Path, embedded: bool):
     assert sizes(max_queries=1) == (2, 1)
 
 
+def test_one_file_is_enough_where_queries_are_held_out(tmp_path: Path, capsys):
+    rows = "".join(json.dumps({"query": f"{i}?", "pos": [str(i)]}) + "\n" for i in range(10))
+    (tmp_path / "pairs.jsonl").write_text(rows)
+    data = sources.load(
+        str(tmp_path / "pairs.jsonl"), cache_dir=str(tmp_path / "cache"), holdout=0.3
+    )
+    assert {name: len(split.texts) for name, split in data.splits.items()} == {"train": 7, "dev": 3}
+    assert len(data.target_ids) == 10  # what they are to find stays among the targets
+    assert "3 of 10 train queries are held out as dev" in capsys.readouterr().out
+
+
 def test_a_cut_keeps_hard_negatives_and_answers_with_their_queries(tmp_path: Path):
     folder = written.dpr(tmp_path / "tiny")
     whole = sources.load(str(folder), cache_dir=str(tmp_path / "cache"))

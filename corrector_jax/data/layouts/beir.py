@@ -20,7 +20,7 @@ from corrector_jax.data.dataset import SPLITS
 from corrector_jax.data.layouts.judgements import Judgement, join, read_queries
 from corrector_jax.data.rows import Query, Rows, Target
 from corrector_jax.paths import AnyPath
-from corrector_jax.types import UserError
+from corrector_jax.types import UserError, shown
 
 _COLUMNS = ["query-id", "corpus-id", "score"]
 
@@ -71,8 +71,8 @@ class Beir:
         where, header = next(lines, (f"{path}:1", ""))
         if header.split("\t") != _COLUMNS:
             raise UserError(
-                f"{where}: the header is missing: write {', '.join(_COLUMNS)} in the first line, "
-                "separated by tabs."
+                f"{where}: the header is {shown(header)}: write {', '.join(_COLUMNS)} in the first "
+                "line, separated by tabs."
             )
         for query in join(rows.parse(lines, _judgement), self._texts, self._queries.name, rows):
             answer = self._answers.get(query.id)

@@ -33,6 +33,7 @@ from corrector_jax.paths import AnyPath
 from corrector_jax.types import UserError, brief, shown
 
 _FILES = (".jsonl", ".json", ".parquet")
+_ENDS = "one of .jsonl, .json and .parquet, as it is, .gz or .zst"
 _CORPUS = re.compile(r"corpus|collection|passages|psgs")
 _ID_KEYS = ("_id", "id", "docid", "passage_id", "psg_id")
 _TEXT_KEYS = ("text", "contents")
@@ -61,9 +62,11 @@ class Inline:
         """
         self._corpus, self._queries, left = _files(path)
         if not self._queries:
+            if path.is_file():
+                raise UserError(f"{path} is not read: write it as {_ENDS}.")
             raise UserError(
                 f"{path} holds no queries: write train.jsonl, and dev.jsonl or test.jsonl to "
-                "evaluate on."
+                f"evaluate on, or each as {_ENDS}."
             )
         row.say_passed_over(left)
         self.splits = tuple(self._queries)
@@ -242,6 +245,14 @@ class Columns(Inline):
 ALL = (Dpr, Tevatron, FlagEmbedding, Fid, Columns)
 
 
+def seen(path: AnyPath) -> str:
+    """What files that fit no layout look like, for a message; '' where there are none."""
+    for files in _files(path)[1].values():
+        if keys := ", ".join(_first(files[0])):
+            return f" (the rows of {files[0].name} have {brief(keys)})"
+    return f" (it is not {_ENDS})" if path.is_file() else ""
+
+
 def _files(
     path: AnyPath,
 ) -> tuple[AnyPath | None, dict[str, tuple[AnyPath, ...]], list[AnyPath]]:
@@ -280,8 +291,8 @@ def tsv_corpus(path: AnyPath, rows: Rows) -> Iterator[Target]:
     where, header = next(lines, (f"{path}:1", ""))
     if header.split("\t") != ["id", "text", "title"]:
         raise UserError(
-            f"{where}: the header is missing: write id, text, title in the first line, separated "
-            "by tabs."
+            f"{where}: the header is {shown(header)}: write id, text, title in the first line, "
+            "separated by tabs."
         )
 
     def target(line: str, where: str) -> Target:
