@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -204,7 +205,7 @@ def _table(
         yield f"{mark:6}{finding.count:>10,} of {finding.of:<12,}{share:>7.1%}  {finding.what}"
         if finding.count:
             for example in finding.examples:
-                yield f"{'':18}{' '.join(example.split())[:160]}"
+                yield f"{'':18}{textwrap.shorten(example, 160, placeholder=' …')}"
 
 
 def _normal(text: str) -> str:

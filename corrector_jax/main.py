@@ -37,11 +37,10 @@ Flags:
   --query=TEXT          of --mode=search; left out = asked for, or read from standard input
   --help                this, and every key; beside --config=FILE, with the values of that file
 
-Exit codes: 0 done; 1 inspect found damage, check_data what makes training wrong, or compile
-that memory does not suffice; 2 something to
-mend, said in one sentence; 75 asked to stop (SIGTERM, Ctrl-C, maintenance) and saved: the same
-command goes on; 76 another process of the job was lost or hangs: likewise; 143 or 130 a second
-signal.
+Exit codes: 0 done; 1 inspect found damage, check_data what makes training wrong, or compile that
+memory does not suffice; 2 something to mend, said in one sentence; 75 asked to stop (SIGTERM,
+Ctrl-C, maintenance) and saved: the same command goes on; 76 another process of the job was lost or
+hangs: likewise; 143 or 130 a second signal.
 """
 
 from __future__ import annotations
@@ -186,7 +185,8 @@ def usage(file: str = "") -> str:
       file: of configs/, whose values are shown; '' = the defaults.
     """
     values = dict(configs.flat(runpy.run_path(file)["get_config"]() if file else configs.default()))
-    lines = [str(__doc__), f"Configuration keys and their values in {file or 'no file'}:"]
+    of = f"values in {file}" if file else "defaults"
+    lines = [str(__doc__), f"Configuration keys and their {of}:"]
     above = ""
     for line in inspect.getsource(configs.default).splitlines():
         if found := re.match(r"\s+c\.([\w.]+) = .+?(?:  # (.+))?$", line):

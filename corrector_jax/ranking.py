@@ -236,7 +236,11 @@ def gather(
         if row_of[number] < 0:
             where = first[number]
             rows.refuse(
-                where, UserError(f"{where} names target {shown(name)}, which is not there.")
+                where,
+                UserError(
+                    f"{where} names target {shown(name)}, which is not in the corpus: correct the "
+                    "id, or drop the row."
+                ),
             )
     return _ranking(
         len(split.query_ids),

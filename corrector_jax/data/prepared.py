@@ -269,7 +269,8 @@ class _Targets:
             return ""
         if judged.content is None:
             raise UserError(
-                f"{judged.where}: target {shown(judged.id)} is not in the corpus: add it there."
+                f"{judged.where}: target {shown(judged.id)} is not in the corpus: add it "
+                "there, or correct the id."
             )
         text = self._render(judged.content)
         if judged.id and name in self._new_names and self._new_names[name][1] != key_of(text):

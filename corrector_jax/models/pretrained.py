@@ -59,7 +59,7 @@ def encoder_config(hf_config: Mapping[str, Any], *, layers: int = 0) -> Family:
     if not 0 <= layers <= config.num_layers:
         raise UserError(
             f"The encoder has {config.num_layers} layers, so its first {layers} cannot be kept; "
-            f"write a number from 1 to {config.num_layers}, or 0 for all."
+            f"write a number from 1 to {config.num_layers} as config.model.layers, or 0 for all."
         )
     return replace(config, num_layers=layers) if layers else config
 
