@@ -8,6 +8,7 @@ whole file (it is missing, or its compression is cut short) always stops.
 from __future__ import annotations
 
 import contextlib
+import csv
 import gzip
 import io
 import json
@@ -220,9 +221,10 @@ class Rows:
             raise UserError(f"{path}:{number}: not UTF-8: save it as UTF-8.") from None
 
     def records(self, path: AnyPath) -> Iterator[tuple[str, dict[str, Any]]]:
-        """('file:line', object) of every object of a file: .parquet, .json or one a line.
+        """('file:line', object) of every row of a file: .parquet, .csv, .json or one a line.
 
-        A .json file may also hold one array of objects; it is never held as a whole.
+        A .json file may also hold one array of objects; it is never held as a whole. The first
+        line of a .csv names the columns; an empty cell is a missing one.
 
         Raises:
           UserError: the file cannot be read to its end, or a row is not an object.
@@ -230,6 +232,8 @@ class Rows:
         name = plain_name(path)
         if name.endswith(".parquet"):
             found: Iterator[tuple[str, Any]] = self._parquet(path)
+        elif name.endswith(".csv"):
+            found = self._csv(path)
         elif name.endswith(".json") and _first_byte(path) == b"[":
             found = self._array(path)
         else:
@@ -242,7 +246,7 @@ class Rows:
                 error = UserError(f"{where}: not a JSON object: write one object a line.")
                 self.refuse(where, error)
         if self.total == before:
-            raise UserError(f"{path} is empty: write one JSON object a line.")
+            raise UserError(f"{path} is empty: write one row a line.")
 
     def parse(self, found: Iterator[tuple[str, Any]], make: Callable[[Any, str], T]) -> Iterator[T]:
         """What `make(content, where)` makes of rows; those it raises UserError for are refused."""
@@ -298,6 +302,54 @@ class Rows:
                 raise UserError(
                     f"{path}:{line}: something follows the array: write one array a file."
                 )
+
+    def _csv(self, path: AnyPath) -> Iterator[tuple[str, Any]]:
+        """Rows as csv writes them: a cell may go over several lines."""
+        csv.field_size_limit(MAX_ROW)
+        decode = _utf8(path)
+        with _opened(path) as (file, raw):
+
+            def lines() -> Iterator[str]:
+                number = 0
+                while content := _read(file, f"{path}:{number + 1}", line=True):
+                    number += 1
+                    if len(content) > MAX_ROW:
+                        raise UserError(
+                            f"{path}:{number}: the line is longer than {MAX_ROW // 2**20} MiB: "
+                            "break it up."
+                        )
+                    text = decode(content, f"{path}:{number}")
+                    yield text.removeprefix("\ufeff") if number == 1 else text
+
+            rows = csv.reader(lines(), strict=True)
+            names: list[str] | None = None
+            at = ended = 0
+            while True:
+                where = f"{path}:{ended + 1}"
+                try:
+                    cells = next(rows, None)
+                except csv.Error as error:
+                    raise UserError(
+                        f"{where}: the row that begins here breaks ({brief(error)}): a cell that "
+                        "holds a comma, a quote or a line break stands in quotes, every quote in "
+                        "it twice."
+                    ) from error
+                if cells is None:
+                    break
+                ended = rows.line_num
+                if names is None:
+                    names = cells
+                elif cells:
+                    self.total += 1
+                    if len(cells) == len(names):
+                        yield where, {k: v for k, v in zip(names, cells, strict=True) if v}
+                    else:
+                        said = f"{where}: {len(cells)} cell(s) under {len(names)} columns"
+                        self.refuse(where, UserError(f"{said}: write one for each, empty or not."))
+                if self.total % 4096 == 0:
+                    at, before = raw.tell(), at
+                    self._advance(at - before)
+            self._advance(raw.tell() - at)
 
     def _parquet(self, path: AnyPath) -> Iterator[tuple[str, Any]]:
         import pyarrow

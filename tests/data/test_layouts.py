@@ -96,6 +96,17 @@ def test_compressed_files_are_read_as_they_are(tmp_path: Path, name: str, end: s
     assert by_content(packed, "positives") == by_content(plain, "positives")
 
 
+def test_cells_hold_what_csv_lets_them_hold(tmp_path: Path):
+    (tmp_path / "train.csv").write_text(
+        '\ufeffanchor,positive,negative\n\n"one, two","a ""b""\n\nc",\nthree,d,e\n',
+        encoding="utf-8",
+    )
+    data = load(tmp_path / "train.csv")
+    assert list(data.splits["train"].texts) == ["one, two", "three"]
+    assert list(data.target_texts) == ['a "b"\n\nc', "d", "e"]
+    assert [rows.tolist() for rows in data.splits["train"].negatives] == [[], [2]]
+
+
 def test_a_single_file_is_the_train_split(tmp_path: Path):
     folder = written.tevatron(tmp_path / "tiny")
     (folder / "train.jsonl").rename(tmp_path / "pairs.jsonl")

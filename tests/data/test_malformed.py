@@ -113,6 +113,15 @@ BAD_ROWS: list[tuple[str, str, Edit, str, str]] = [
     ("flag_embedding", "dev.jsonl", row(2, pos=[""]), "dev.jsonl:2", "the target has no text"),
     ("columns", "dev.jsonl", row(2, positive=REMOVED), "dev.jsonl:2", "name the query's anchor"),
     ("columns", "dev.jsonl", row(2, positive=4), "dev.jsonl:2", '"positive" is 4'),
+    ("columns_csv", "dev.csv", line(2, "why,because,2\r"), "dev.csv:2", "the label is '2'"),
+    ("columns_csv", "dev.csv", line(2, "why\r"), "dev.csv:2", "1 cell(s) under 3 columns"),
+    (
+        "columns_csv",
+        "dev.csv",
+        line(2, "why,,1\r"),
+        "dev.csv:2",
+        "the columns are sentence1, label",
+    ),
     ("columns_labels", "dev.jsonl", row(2, label=0.7), "dev.jsonl:2", "the label is 0.7"),
     ("columns_labels", "dev.jsonl", row(2, label="yes"), "dev.jsonl:2", "the label is 'yes'"),
     (
@@ -195,6 +204,10 @@ BAD_FILES: list[tuple[str, str, str, Edit, str, str]] = [
     ("dpr", "tiny-dev.json", "tiny-dev.json", lambda b: b + b"[]", r"tiny-dev.json:\d+", "follows"),
     ("dpr", "tiny-dev.json", "tiny-dev.json", lambda b: b"[]", "tiny-dev.json", "is empty"),
     ("columns", "dev.jsonl", "dev.parquet", lambda b: b, "dev.parquet:1", "not a whole parquet"),
+    ("columns_csv", "dev.csv", "dev.csv", line(3, 'a "b,"c" d,1'), "dev.csv:3", "breaks"),
+    ("columns_csv", "dev.csv", "dev.csv", line(3, 'a,"b'), "dev.csv:3", "breaks"),
+    ("columns_csv", "dev.csv", "dev.csv", line(3, b"\xff"), "dev.csv:3", "not UTF-8"),
+    ("columns_csv", "dev.csv", "dev.csv", lambda b: b.split(b"\r")[0], "dev.csv", "is empty"),
     (
         "dpr_with_corpus",
         "psgs_w100.tsv",
@@ -302,11 +315,11 @@ def test_a_source_of_no_layout_is_described(tmp_path: Path):
         UserError, match=r"no row of the train .* first: .*train\.jsonl:1: .*postive"
     ):
         load(tmp_path, layout="columns", max_bad_rows=9)
-    table = tmp_path / "rows.csv"
+    table = tmp_path / "rows.xlsx"
     table.write_text("anchor,positive\na,b\n")
-    with pytest.raises(UserError, match=r"\(it is not one of \.jsonl, \.json and \.parquet"):
+    with pytest.raises(UserError, match=r"\(it is not one of \.jsonl, \.json, \.parquet and \.csv"):
         load(table)
-    with pytest.raises(UserError, match=r"rows\.csv is not read: write it as one of \.jsonl"):
+    with pytest.raises(UserError, match=r"rows\.xlsx is not read: write it as one of \.jsonl"):
         load(table, layout="columns")
 
 

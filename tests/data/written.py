@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 from collections.abc import Callable
@@ -135,15 +136,29 @@ def columns_parquet(folder: Path) -> Path:
     return folder
 
 
+def _labelled(split: str) -> list[dict]:
+    return [
+        {"sentence1": query, "sentence2": text(r), "label": label}
+        for query, yes, no in queries(split)
+        for label, some in ((1, yes), (0, no))
+        for r in some
+    ]
+
+
 def columns_labels(folder: Path) -> Path:
     for split in SPLITS:
-        rows = [
-            {"sentence1": query, "sentence2": text(r), "label": label}
-            for query, yes, no in queries(split)
-            for label, some in ((1, yes), (0, no))
-            for r in some
-        ]
-        _json_lines(folder / f"{split}.jsonl", rows)
+        _json_lines(folder / f"{split}.jsonl", _labelled(split))
+    return folder
+
+
+def columns_csv(folder: Path) -> Path:
+    folder.mkdir()
+    for split in SPLITS:
+        rows = _labelled(split) if split == "dev" else _triplets(split)
+        with (folder / f"{split}.csv").open("w", newline="") as file:
+            table = csv.DictWriter(file, rows[0].keys())
+            table.writeheader()
+            table.writerows(rows)
     return folder
 
 
@@ -214,6 +229,7 @@ ALL: dict[str, Callable[..., Path]] = {
     "columns": columns,
     "columns_parquet": columns_parquet,
     "columns_labels": columns_labels,
+    "columns_csv": columns_csv,
     "msmarco": msmarco,
     "text_files": text_files,
 }
@@ -221,9 +237,9 @@ ALL: dict[str, Callable[..., Path]] = {
 
 def layout(name: str) -> str:
     """The word of config.data.layout for a key of `ALL`."""
-    return {"dpr_with_corpus": "dpr", "columns_parquet": "columns"}.get(
-        name, name.removesuffix("_labels")
-    )
+    if name.startswith("columns"):
+        return "columns"
+    return name.removesuffix("_with_corpus")
 
 
 def compress(folder: Path, end: str) -> None:

@@ -13,8 +13,8 @@
 One file is the train split. A folder has a file for each split, whose name speaks of it
 (`nq-dev.json`, `test.jsonl.gz`, `train-00000-of-00002.parquet`), and may have a corpus: a file
 whose name says corpus, collection, passages or psgs, as .jsonl {"id", "title", "text"} or as DPR's
-.tsv (id, text, title). Files are .jsonl, .json (one object a line, or one array) or .parquet, as
-they are, .gz or .zst.
+.tsv (id, text, title). Files are .jsonl, .json (one object a line, or one array), .parquet, or .csv
+with a header where no key holds a list; as they are, .gz or .zst.
 
 A passage is known by its id, where it has one, and else by its title and text.
 """
@@ -32,8 +32,8 @@ from corrector_jax.data.rows import Judged, Query, Rows, Target
 from corrector_jax.paths import AnyPath
 from corrector_jax.types import UserError, brief, shown
 
-_FILES = (".jsonl", ".json", ".parquet")
-_ENDS = "one of .jsonl, .json and .parquet, as it is, .gz or .zst"
+_FILES = (".jsonl", ".json", ".parquet", ".csv")
+_ENDS = "one of .jsonl, .json, .parquet and .csv, as it is, .gz or .zst"
 _CORPUS = re.compile(r"corpus|collection|passages|psgs")
 _ID_KEYS = ("_id", "id", "docid", "passage_id", "psg_id")
 _TEXT_KEYS = ("text", "contents")
@@ -228,6 +228,8 @@ class Columns(Inline):
                 "the positive's positive, and hard negatives negative, negative_2 and so on."
             )
         label = _column(record, _LABEL_COLUMNS)
+        if label is not None and record[label] in ("0", "1"):  # as a .csv has them
+            record = record | {label: int(record[label])}
         if label is not None and record[label] not in (0, 1):
             raise UserError(
                 f"{where}: the {label} is {shown(record[label])}: write 1 for a positive, 0 for a "
