@@ -468,7 +468,7 @@ TARGETS = {
         Target("weights/shards", _write_shards, _read_encoder),
         Target("weights/reader", _write_reader, _read_reader),
         *map(_layout, written.ALL),
-        *(_layout(name, ".gz", 4) for name in ("beir", "dpr", "msmarco")),
+        *(_layout(name, ".gz", 4) for name in ("beir", "columns_csv", "dpr", "msmarco")),
         *(_layout(name, ".zst", 4) for name in ("fid", "tevatron")),
         *map(_skipping, ("beir", "msmarco", "dpr_with_corpus", "text_files")),
         Target("data/tfds", _write_tfds, _read_tfds, 4),

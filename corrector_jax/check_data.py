@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from corrector_jax import job, paths
-from corrector_jax.data.dataset import RetrievalData, Split, stable_hash
+from corrector_jax.data.dataset import RetrievalData, Split, normalised, stable_hash
 from corrector_jax.data.tokenize import TextTokenizer
 from corrector_jax.paths import AnyPath
 from corrector_jax.writer import say
@@ -121,10 +120,10 @@ def _splits(data: RetrievalData) -> Iterator[Finding]:
 def _leakage(data: RetrievalData) -> Iterator[Finding]:
     """Queries that are evaluated on and were trained on: the same but for case and blanks."""
     train = data.splits.get("train")
-    trained = {_normal(text) for text in train.texts} if train else set()
+    trained = {normalised(text) for text in train.texts} if train else set()
     for name, split in data.splits.items():
         if name != "train":
-            leaked = [text for text in split.texts if _normal(text) in trained]
+            leaked = [text for text in split.texts if normalised(text) in trained]
             count = len(split.texts)
             yield Finding(
                 f"{name} queries that are train queries too",
@@ -205,8 +204,5 @@ def _table(
         yield f"{mark:6}{finding.count:>10,} of {finding.of:<12,}{share:>7.1%}  {finding.what}"
         if finding.count:
             for example in finding.examples:
-                yield f"{'':18}{textwrap.shorten(example, 160, placeholder=' …')}"
-
-
-def _normal(text: str) -> str:
-    return " ".join(text.casefold().split())
+                line = " ".join(example.split())
+                yield f"{'':18}{line if len(line) <= 160 else line[:158] + ' …'}"

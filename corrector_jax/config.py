@@ -58,6 +58,7 @@ FREE = (
     "mesh.",
     "cache.",
     "data.cache_dir",
+    "data.holdout",  # what it holds out is part of the data, which must agree
     "data.layout",
     "data.max_bad_rows",
     "data.verify",
@@ -121,7 +122,8 @@ def default() -> ConfigDict:
     c.cache.tile_rows = 0  # rows scored at once on a device; 0 = as many as sweep_mib allows
 
     c.corrector = ConfigDict()
-    c.corrector.kind = ""  # identity | linear | mlp | nystrom; empty = the strategy's: mlp
+    # identity | linear | mlp | nystrom; empty = the strategy's (corrected: mlp)
+    c.corrector.kind = ""
     c.corrector.hidden = 0  # width of the mlp; 0 = D
     c.corrector.learning_rate = 1e-3  # of Adam; its own, not falling
     c.corrector.warmup = 100  # updates of the learning rate's ramp, after every reset too
@@ -311,6 +313,10 @@ def check_values(config: ConfigDict) -> None:
     for key, least in _LEAST.items():
         if get(config, key) < least:
             raise UserError(f"config.{key} is {get(config, key)}: write {least} or more")
+    if not 0 <= config.data.holdout <= 0.5:
+        raise UserError(
+            f"config.data.holdout is {config.data.holdout}: write a share from 0 (none) to 0.5"
+        )
     for key in ("data.query_max_len", "data.target_max_len"):
         if get(config, key) and get(config, key) < 3:
             raise UserError(
@@ -323,11 +329,6 @@ def check_values(config: ConfigDict) -> None:
 
 
 def _validate_together(config: ConfigDict) -> None:
-    if config.data.holdout > 0.5:
-        raise UserError(
-            f"config.data.holdout is {config.data.holdout}: write a share of 0.5 or less, or 0 for "
-            "none"
-        )
     if config.train.warmup >= config.train.steps:
         raise UserError(
             f"config.train.warmup is {config.train.warmup} of {config.train.steps} steps: write "
@@ -568,7 +569,6 @@ _LEAST = {
     "data.max_bad_rows": 0,
     "data.max_targets": 0,
     "data.max_queries": 0,
-    "data.holdout": 0,
     "model.layers": 0,
     "model.projection": 0,
     "model.hidden": 1,

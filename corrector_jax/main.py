@@ -184,7 +184,7 @@ def usage(file: str = "") -> str:
     Args:
       file: of configs/, whose values are shown; '' = the defaults.
     """
-    values = dict(configs.flat(runpy.run_path(file)["get_config"]() if file else configs.default()))
+    values = _values_in(file) if file else dict(configs.flat(configs.default()))
     of = f"values in {file}" if file else "defaults"
     lines = [str(__doc__), f"Configuration keys and their {of}:"]
     above = ""
@@ -199,13 +199,28 @@ def usage(file: str = "") -> str:
     return "\n".join(lines)
 
 
+def _values_in(file: str) -> dict[str, object]:
+    try:
+        return dict(configs.flat(runpy.run_path(file)["get_config"]()))
+    except Exception as error:
+        raise UserError(
+            f"--config={file} is no configuration ({' '.join(repr(error).split())}): write a file "
+            "whose get_config() returns one, such as configs/own.py"
+        ) from error
+
+
 def _file_of(argv: list[str]) -> str:
     """What --config names, '' where nothing does."""
-    named = [found[1] for a in argv[1:] if (found := re.fullmatch("--?config=(.*)", a))]
-    for value in named:
-        if not Path(value).is_file():
-            raise UserError(f"--config={value} is not a file: write one such as configs/beir.py")
-    return named[-1] if named else ""
+    named = ""
+    for argument, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+        found = re.fullmatch("--?config(=.*)?", argument)
+        if found:
+            named = found[1][1:] if found[1] else following
+            if not Path(named).is_file():
+                raise UserError(
+                    f"--config={named} is not a file: write one such as configs/beir.py"
+                )
+    return named
 
 
 def _train() -> None:

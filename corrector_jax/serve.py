@@ -69,7 +69,7 @@ def serve_run(workdir: AnyPath, *, step: int | None, host: str, port: int, count
     """
     if missing := [name for name in ("starlette", "uvicorn") if not importlib.util.find_spec(name)]:
         raise UserError(
-            f"--mode=serve needs {' and '.join(missing)}: pip install corrector_jax[serve]"
+            f"--mode=serve needs {' and '.join(missing)}: pip install {' '.join(missing)}"
         )
     require_count("config.serve.count", count)
     with _listening(host, port) as listener:

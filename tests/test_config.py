@@ -236,3 +236,15 @@ def test_only_keys_that_shape_the_state_are_compared():
     decaying = changed(train__steps=100)
     with pytest.raises(UserError, match=r"train\.steps"):
         configs.refuse_other_run(changed(train__steps=200), decaying, "there")
+
+
+def test_what_trains_is_said_with_what_was_left_open():
+    config = configs.default()
+    shown = (
+        "strategy: corrected, negatives by two_level, loss balanced, corrector mlp, refresh never"
+    )
+    assert configs.in_words(config) == shown
+    config.negatives.in_batch = True
+    assert ", loss truncated, " in configs.in_words(config)
+    config.strategy = "in_batch"
+    assert configs.in_words(config) == "strategy: in_batch, negatives by in_batch, loss truncated"

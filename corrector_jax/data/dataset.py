@@ -109,37 +109,41 @@ def eval_split(data: RetrievalData, wanted: str = "auto") -> str:
         if split in data.splits:
             return split
     asked = "a test or dev split" if wanted == "auto" else f"a {wanted} split"
+    only_train = wanted != "test" and data.splits.keys() == {"train"}
+    or_hold_out = ", or hold out a tenth of the train queries with --config.data.holdout=0.1"
     raise UserError(
         f"{data.name} has no queries for {asked}, which the evaluation needs; "
         f"it has: {', '.join(data.splits) or 'no split at all'}; add one, such as dev.jsonl or "
-        "qrels/dev.tsv beside the others, or write --config.data.holdout=0.1 to keep a tenth of "
-        "the train queries for it."
+        f"qrels/dev.tsv{or_hold_out if only_train else ''}."
     )
 
 
 def hold_out(data: RetrievalData, share: float) -> RetrievalData:
     """Makes a dev split of some train queries, where the data have neither dev nor test.
 
-    They are chosen by a hash of their text, the same on every machine: queries that ask the same
-    stay on one side, and those of a smaller share are among those of a larger one.
+    They are chosen by a hash of their text, the same on every machine: queries that ask the same,
+    but for case and blanks, stay on one side, and those of a smaller share are among those of a
+    larger one.
 
     Args:
       data: the whole.
       share: of the train queries, from 0 (none) to 0.5.
 
     Raises:
-      UserError: all train queries ask the same.
+      UserError: no two train queries differ.
     """
     train = data.splits.get("train")
     if not share or train is None or {"dev", "test"} & data.splits.keys():
         return data
-    hashes = np.array([stable_hash(text) for text in train.texts], np.uint64)
-    held = hashes <= np.sort(hashes)[max(round(share * len(hashes)), 1) - 1]
-    if held.all():
+    hashes = np.array([stable_hash(normalised(text)) for text in train.texts], np.uint64)
+    asked, counts = np.unique(hashes, return_counts=True)
+    if len(asked) < 2:
         raise UserError(
-            f"the train queries of {data.name} all ask the same, so none can be held out "
+            f"{data.name} has no two different train queries, so none can be held out "
             "(config.data.holdout): add a dev split."
         )
+    cut = np.searchsorted(np.cumsum(counts), share * len(hashes), side="right")
+    held = hashes < asked[np.clip(cut, 1, len(asked) - 1)]
     kept, dev = (keep_queries(train, np.flatnonzero(rows).tolist()) for rows in (~held, held))
     return dataclasses.replace(data, splits={"train": kept, "dev": dev})
 
@@ -182,6 +186,11 @@ def subset(data: RetrievalData, *, max_targets: int = 0, max_queries: int = 0) -
 def render_target(template: str, *, title: str, text: str) -> str:
     """A target's text: the template filled in, without leading or trailing blanks."""
     return template.format(title=title, text=text).strip()
+
+
+def normalised(text: str) -> str:
+    """A text without what does not make it another question: case, and how blanks are set."""
+    return " ".join(text.casefold().split())
 
 
 def stable_hash(text: str) -> int:

@@ -369,15 +369,15 @@ def _build(reader: Reader, place: Path, template: str, rows: Rows) -> None:
     with _Targets(place, template, rows) as targets:
         targets.read(reader)
         for split in reader.splits:
+            before = len(rows.refused)
             found = _read_split(reader.queries(split, rows), targets, rows)
             kept = [query for query in found if query.positives]
             without[split], counts[split] = len(found) - len(kept), len(kept)
             if not kept:
-                if not found and rows.refused:
-                    first = next(iter(rows.refused.values())).message
+                if not found and (refused := list(rows.refused.values())[before:]):
                     raise UserError(
                         f"no row of the {split} split of {reader.files[-1].parent} can be read; "
-                        f"the first: {first}"
+                        f"the first: {refused[0].message}"
                     )
                 raise UserError(
                     f"the {split} split of {reader.files[-1].parent} holds no positive: write at "

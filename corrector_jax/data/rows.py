@@ -224,7 +224,7 @@ class Rows:
         """('file:line', object) of every row of a file: .parquet, .csv, .json or one a line.
 
         A .json file may also hold one array of objects; it is never held as a whole. The first
-        line of a .csv names the columns; an empty cell is a missing one.
+        line of a .csv names the columns; what stands in an empty cell is None.
 
         Raises:
           UserError: the file cannot be read to its end, or a row is not an object.
@@ -304,26 +304,30 @@ class Rows:
                 )
 
     def _csv(self, path: AnyPath) -> Iterator[tuple[str, Any]]:
-        """Rows as csv writes them: a cell may go over several lines."""
+        """Rows as csv writes them: a cell may go over several lines; an empty one is None."""
         csv.field_size_limit(MAX_ROW)
         decode = _utf8(path)
         with _opened(path) as (file, raw):
+            ended = held = 0  # lines of whole rows, and bytes of the row that is being read
 
             def lines() -> Iterator[str]:
+                nonlocal held
                 number = 0
                 while content := _read(file, f"{path}:{number + 1}", line=True):
                     number += 1
-                    if len(content) > MAX_ROW:
+                    held = len(content) + (held if number - 1 > ended else 0)
+                    if held > MAX_ROW:
                         raise UserError(
-                            f"{path}:{number}: the line is longer than {MAX_ROW // 2**20} MiB: "
-                            "break it up."
+                            f"{path}:{ended + 1}: the row that begins here is longer than "
+                            f"{MAX_ROW // 2**20} MiB: break it up, or end a quote that is open."
                         )
                     text = decode(content, f"{path}:{number}")
                     yield text.removeprefix("\ufeff") if number == 1 else text
+                decode(b"", f"{path}:{number}")  # or the file ends within a character
 
             rows = csv.reader(lines(), strict=True)
-            names: list[str] | None = None
-            at = ended = 0
+            names: list[str] = []
+            at = blank = 0
             while True:
                 where = f"{path}:{ended + 1}"
                 try:
@@ -337,15 +341,27 @@ class Rows:
                 if cells is None:
                     break
                 ended = rows.line_num
-                if names is None:
+                blank = 0 if any(cells) else blank + 1
+                if blank > MAX_BLANK:
+                    raise UserError(
+                        f"{where}: {MAX_BLANK:,} blank rows stand before this one: fetch or write "
+                        "the file again."
+                    )
+                if blank:
+                    continue
+                if not names:
                     names = cells
-                elif cells:
-                    self.total += 1
-                    if len(cells) == len(names):
-                        yield where, {k: v for k, v in zip(names, cells, strict=True) if v}
-                    else:
-                        said = f"{where}: {len(cells)} cell(s) under {len(names)} columns"
-                        self.refuse(where, UserError(f"{said}: write one for each, empty or not."))
+                    if len(set(names)) < len(names):
+                        raise UserError(
+                            f"{where}: the columns are {brief(', '.join(names))}: write each once."
+                        )
+                    continue
+                self.total += 1
+                if len(cells) == len(names):
+                    yield where, {k: v or None for k, v in zip(names, cells, strict=True)}
+                else:
+                    said = f"{where}: {len(cells)} cell(s) under {len(names)} columns"
+                    self.refuse(where, UserError(f"{said}: write one for each, empty or not."))
                 if self.total % 4096 == 0:
                     at, before = raw.tell(), at
                     self._advance(at - before)

@@ -134,13 +134,14 @@ def test_max_queries_thins_evaluation_and_leaves_training_whole():
 def test_some_train_queries_become_dev_where_there_is_none():
     data = _data(40, train=[[i] for i in range(40)])
     train = data.splits["train"]
-    train = train._replace(texts=[f"text {i // 2}" for i in range(40)])  # each is asked twice
+    # Each is asked twice, in another case.
+    train = train._replace(texts=[f"{'tT'[i % 2]}ext  {i // 2}" for i in range(40)])
     data = dataclasses.replace(data, splits={"train": train})
     few, more = (dataset.hold_out(data, share).splits for share in (0.1, 0.3))
-    for splits, least in ((few, 4), (more, 12)):
-        kept, held = (set(splits[name].texts) for name in ("train", "dev"))
+    for splits, count in ((few, 4), (more, 12)):
+        kept, held = ({text.lower() for text in splits[name].texts} for name in ("train", "dev"))
         assert not kept & held
-        assert least <= len(splits["dev"].texts) <= least + 1
+        assert len(splits["dev"].texts) == count
         together = sorted(splits["train"].query_ids + splits["dev"].query_ids)
         assert together == sorted(train.query_ids)
         for query, rows in zip(splits["dev"].query_ids, splits["dev"].positives, strict=True):
@@ -153,8 +154,16 @@ def test_nothing_is_held_out_where_it_is_not_wanted_or_cannot_be():
     alone = _data(40, train=[[i] for i in range(40)])
     assert dataset.hold_out(with_dev, 0.1) is with_dev
     assert dataset.hold_out(alone, 0.0) is alone
-    with pytest.raises(UserError, match="all ask the same"):
+    with pytest.raises(UserError, match="no two different train queries"):
         dataset.hold_out(_data(40, train=[[0]]), 0.1)
+    for data, wanted, hint in (
+        (alone, "auto", True),
+        (alone, "test", False),
+        (with_dev, "test", False),
+    ):
+        with pytest.raises(UserError, match="has no queries for") as caught:
+            dataset.eval_split(data, wanted)
+        assert ("holdout=0.1" in str(caught.value)) == hint
 
 
 def test_subset_refuses_nonsense_and_nothing():

@@ -120,8 +120,9 @@ BAD_ROWS: list[tuple[str, str, Edit, str, str]] = [
         "dev.csv",
         line(2, "why,,1\r"),
         "dev.csv:2",
-        "the columns are sentence1, label",
+        '"sentence2" is null',
     ),
+    ("columns_csv", "dev.csv", line(2, "why,because,\r"), "dev.csv:2", "the label is None"),
     ("columns_labels", "dev.jsonl", row(2, label=0.7), "dev.jsonl:2", "the label is 0.7"),
     ("columns_labels", "dev.jsonl", row(2, label="yes"), "dev.jsonl:2", "the label is 'yes'"),
     (
@@ -167,6 +168,7 @@ def _damaged(content: bytes) -> bytes:
 
 
 # layout, file, new name, edit, where, what is said
+LONG = ("a" * 999 + "\n") * 9000
 BAD_FILES: list[tuple[str, str, str, Edit, str, str]] = [
     ("beir", "corpus.jsonl", "corpus.jsonl.gz", _gz, r"corpus.jsonl.gz:\d+", "cut short"),
     ("beir", "corpus.jsonl", "corpus.jsonl.gz", _damaged, r"corpus.jsonl.gz:\d+", "cut short"),
@@ -180,9 +182,9 @@ BAD_FILES: list[tuple[str, str, str, Edit, str, str]] = [
         "qrels/dev.tsv",
         line(1, "dev0\tt1\t1"),
         "dev.tsv:1",
-        "the header is",
+        r"the header is 'dev0\tt1\t1': write query-id",
     ),
-    ("beir", "qrels/dev.tsv", "qrels/dev.tsv", lambda b: b"", "dev.tsv:1", "the header is"),
+    ("beir", "qrels/dev.tsv", "qrels/dev.tsv", lambda b: b"", "dev.tsv:1", "the header is ''"),
     (
         "beir",
         "qrels/dev.tsv",
@@ -207,6 +209,38 @@ BAD_FILES: list[tuple[str, str, str, Edit, str, str]] = [
     ("columns_csv", "dev.csv", "dev.csv", line(3, 'a "b,"c" d,1'), "dev.csv:3", "breaks"),
     ("columns_csv", "dev.csv", "dev.csv", line(3, 'a,"b'), "dev.csv:3", "breaks"),
     ("columns_csv", "dev.csv", "dev.csv", line(3, b"\xff"), "dev.csv:3", "not UTF-8"),
+    (
+        "columns_csv",
+        "dev.csv",
+        "dev.csv",
+        lambda b: b.rstrip() + b"\xc3",
+        r"dev.csv:\d+",
+        "not UTF-8",
+    ),
+    (
+        "columns_csv",
+        "dev.csv",
+        "dev.csv",
+        line(1, "a,b,b\r"),
+        "dev.csv:1",
+        "a, b, b: write each once",
+    ),
+    (
+        "columns_csv",
+        "dev.csv",
+        "dev.csv",
+        line(3, '"' + LONG),
+        "dev.csv:3",
+        "longer than 8 MiB",
+    ),
+    (
+        "columns_csv",
+        "dev.csv",
+        "dev.csv",
+        line(3, "\n" * 2**17),
+        r"dev.csv:\d+",
+        "blank rows stand",
+    ),
     ("columns_csv", "dev.csv", "dev.csv", lambda b: b.split(b"\r")[0], "dev.csv", "is empty"),
     (
         "dpr_with_corpus",
@@ -214,7 +248,7 @@ BAD_FILES: list[tuple[str, str, str, Edit, str, str]] = [
         "psgs_w100.tsv",
         line(1, "id\ttitle\ttext"),
         "psgs_w100.tsv:1",
-        "the header is",
+        r"the header is 'id\ttitle\ttext': write id, text, title",
     ),
 ]
 
@@ -315,12 +349,26 @@ def test_a_source_of_no_layout_is_described(tmp_path: Path):
         UserError, match=r"no row of the train .* first: .*train\.jsonl:1: .*postive"
     ):
         load(tmp_path, layout="columns", max_bad_rows=9)
+    (tmp_path / "train.jsonl").unlink()
+    (tmp_path / "train.csv").write_text("anchor,positive,negative\na,b\n")
+    with pytest.raises(UserError, match=r"layouts .*train\.csv:2: 2 cell\(s\) under 3 columns"):
+        load(tmp_path)
     table = tmp_path / "rows.xlsx"
     table.write_text("anchor,positive\na,b\n")
     with pytest.raises(UserError, match=r"\(it is not one of \.jsonl, \.json, \.parquet and \.csv"):
         load(table)
     with pytest.raises(UserError, match=r"rows\.xlsx is not read: write it as one of \.jsonl"):
         load(table, layout="columns")
+
+
+def test_a_split_without_rows_is_not_blamed_on_rows_of_others(tmp_path: Path):
+    folder = written.beir(tmp_path / "tiny")
+    corpus = folder / "corpus.jsonl"
+    corpus.write_bytes(corpus.read_bytes() + corpus.read_bytes().split(b"\n")[0] + b"\n")
+    header = (folder / "qrels" / "dev.tsv").read_bytes().split(b"\n")[0]
+    (folder / "qrels" / "dev.tsv").write_bytes(header + b"\n")
+    with pytest.raises(UserError, match=r"dev split of .* holds no positive"):
+        load(folder, max_bad_rows=5)
 
 
 def test_files_that_are_there_twice_are_named(tmp_path: Path):

@@ -32,6 +32,10 @@ from corrector_jax.data.rows import Judged, Query, Rows, Target
 from corrector_jax.paths import AnyPath
 from corrector_jax.types import UserError, brief, shown
 
+_LOOKED_AT = 100
+"""Rows that may be bad before a file is of no layout."""
+
+_CORPUS_FILES = (".jsonl", ".json", ".parquet", ".tsv")
 _FILES = (".jsonl", ".json", ".parquet", ".csv")
 _ENDS = "one of .jsonl, .json, .parquet and .csv, as it is, .gz or .zst"
 _CORPUS = re.compile(r"corpus|collection|passages|psgs")
@@ -79,7 +83,7 @@ class Inline:
         if not path.is_file() and (path / "qrels").is_dir():
             return False  # corpus and queries are in files of their own
         for files in _files(path)[1].values():
-            return cls.has_keys(set(_first(files[0])))
+            return cls.has_keys(set(_first(files[0], Rows(max_bad=_LOOKED_AT))))
         return False
 
     @staticmethod
@@ -228,14 +232,15 @@ class Columns(Inline):
                 "the positive's positive, and hard negatives negative, negative_2 and so on."
             )
         label = _column(record, _LABEL_COLUMNS)
-        if label is not None and record[label] in ("0", "1"):  # as a .csv has them
-            record = record | {label: int(record[label])}
+        if label is not None and record[label] in ("0", "1", "0.0", "1.0"):  # as a .csv has them
+            record = record | {label: float(record[label])}
         if label is not None and record[label] not in (0, 1):
             raise UserError(
                 f"{where}: the {label} is {shown(record[label])}: write 1 for a positive, 0 for a "
                 "hard negative."
             )
         names = [name for name in record if re.fullmatch(r"negative(_?\d+)?", name)]
+        names = [name for name in names if record[name] is not None]  # rows may have fewer
         first = _plain([row.field(record, positive, where)], where)
         others = _plain([row.field(record, name, where) for name in names], where, grade=0)
         if label is not None and not record[label]:
@@ -250,8 +255,11 @@ ALL = (Dpr, Tevatron, FlagEmbedding, Fid, Columns)
 def seen(path: AnyPath) -> str:
     """What files that fit no layout look like, for a message; '' where there are none."""
     for files in _files(path)[1].values():
-        if keys := ", ".join(_first(files[0])):
+        rows = Rows(max_bad=_LOOKED_AT)
+        if keys := ", ".join(_first(files[0], rows)):
             return f" (the rows of {files[0].name} have {brief(keys)})"
+        first = next((one.message for one in rows.refused.values()), "")
+        return f" ({first.rstrip('.')})" if first else ""
     return f" (it is not {_ENDS})" if path.is_file() else ""
 
 
@@ -262,7 +270,7 @@ def _files(
     if path.is_file():
         known = row.plain_name(path).endswith(_FILES)
         return None, {row.split_of(path) or "train": (path,)} if known else {}, []
-    corpora = [p for p in row.listing(path, *_FILES, ".tsv") if _CORPUS.search(row.plain_name(p))]
+    corpora = [p for p in row.listing(path, *_CORPUS_FILES) if _CORPUS.search(row.plain_name(p))]
     if len(corpora) > 1:
         raise UserError(
             f"{corpora[0]} and {corpora[1].name} both look like the corpus: remove one of them."
@@ -275,9 +283,9 @@ def _files(
     return (corpora[0] if corpora else None), splits, [p for p in others if p not in taken]
 
 
-def _first(path: AnyPath) -> Record:
-    """The first good row, of a hundred: enough to tell the layout."""
-    return next((record for _, record in Rows(max_bad=100).records(path)), {})
+def _first(path: AnyPath, rows: Rows) -> Record:
+    """The first good row: enough to tell the layout."""
+    return next((record for _, record in rows.records(path)), {})
 
 
 def _json_target(record: Record, where: str) -> Target:
