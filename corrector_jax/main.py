@@ -212,7 +212,7 @@ def _values_in(file: str) -> dict[str, object]:
 def _file_of(argv: list[str]) -> str:
     """What --config names, '' where nothing does."""
     named = ""
-    for argument, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+    for argument, following in zip(argv[1:], [*argv[2:], ""], strict=False):
         found = re.fullmatch("--?config(=.*)?", argument)
         if found:
             named = found[1][1:] if found[1] else following

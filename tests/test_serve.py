@@ -176,7 +176,7 @@ def test_an_address_that_cannot_be_listened_at_and_what_is_missing_are_named(tmp
     with pytest.raises(UserError, match=r"holds no config\.json"):
         serve.serve_run(tmp_path, port=0, **arguments)
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install corrector_jax\[serve\]"):
+    with pytest.raises(UserError, match=r"pip install starlette uvicorn"):
         serve.serve_run(tmp_path, port=0, **arguments)
 
 

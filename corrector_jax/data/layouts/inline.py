@@ -276,6 +276,8 @@ def _files(
             f"{corpora[0]} and {corpora[1].name} both look like the corpus: remove one of them."
         )
     others = [p for p in row.listing(path, *_FILES) if p not in corpora]
+    # DPR's files have lists of questions beside them, nq-dev.qa.csv, which are no training data.
+    others = [p for p in others if not row.plain_name(p).endswith(".csv")] or others
     splits = row.by_split(others)
     if not splits and len(others) == 1:
         splits = {"train": (others[0],)}
