@@ -341,7 +341,7 @@ def _with_own_config(argv: list[str]) -> list[str]:
                 f"{name} cannot be set under --mode={mode}, which takes the configuration of the "
                 f"run: only config.{mode}.* can"
             )
-    if any(re.match("--?config=", argument) for argument in argv):
+    if _file_of(argv):
         return argv
     return [argv[0], f"--config={configs.__file__}", *argv[1:]]
 
