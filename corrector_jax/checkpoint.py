@@ -105,6 +105,7 @@ class Checkpoints:
         self._folder = workdir / "checkpoints"
         self._caches = workdir / "cache"
         self._snapshots: dict[int, int | None] = {}
+        self._gave_up = False
         self._quiet = contextlib.ExitStack()
         self._quiet.enter_context(_quiet())
         options = ocp.CheckpointManagerOptions(
@@ -407,8 +408,10 @@ class Checkpoints:
     def close(self) -> None:
         """Lets go of the folder."""
         self._manager.close()
-        # Reads that were given up complain when they are collected: now, and unheard.
-        gc.collect()
+        # What was given up complains when it is collected: now, and unheard. Nothing else is worth
+        # going through every object of the process.
+        if self._gave_up:
+            gc.collect()
         self._quiet.close()
 
     def _resume(
@@ -444,6 +447,7 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=args)
         except Exception as error:  # Orbax and TensorStore raise nothing more precise
+            self._gave_up = True
             if distributed.is_loss(error):
                 raise
             problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -458,6 +462,7 @@ class Checkpoints:
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), described
             )
         except Exception as error:  # as in `_restore`
+            self._gave_up = True
             raise DamagedError(f"{self._folder / str(step)} does not describe its state") from error
         return self._restore(step, ocp.args.Composite(state=_wanted(wanted)))["state"]
 
@@ -517,6 +522,7 @@ class Checkpoints:
         except UserError:
             raise
         except Exception as error:  # Orbax hands on what its threads raised, of any kind
+            self._gave_up = True
             if distributed.is_loss(error):
                 raise  # nothing is wrong with the disk
             words = " ".join(str(getattr(error, "strerror", None) or error).split())

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +25,24 @@ DEVICES = 8
 
 if "jax" in sys.modules:
     raise RuntimeError("jax was imported before tests/conftest.py could set it up")
-# Without LLVM's optimisations a program is compiled in two thirds of the time, and tiny ones are
-# not worth more.
-_FLAGS = (
+# Tiny programs are not worth LLVM's optimisations, nor the newer way to emit fusions: without both
+# a train step is compiled in a quarter of the CPU time. A flag that XLA does not know ends the
+# process, and 0.11 has no other way any more.
+_FLAGS = [
     f"--xla_force_host_platform_device_count={DEVICES}",
     "--xla_backend_optimization_level=0",
-)
+]
+if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
+    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 # Compiling is most of a test's time, small programs more than large ones: keep all of them.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Going through every object that tracing made, gigabytes of them after some files, takes seconds
+# each time and was a third of all tests. Younger objects are collected as ever.
+gc.set_threshold(*gc.get_threshold()[:2], 1000)
 
 
 @pytest.fixture(scope="session", autouse=True)
