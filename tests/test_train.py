@@ -164,8 +164,9 @@ def losses(workdir: Path) -> list[float]:
     return [row["train/loss"] for row in rows(workdir) if "train/loss" in row]
 
 
-def test_killed_and_terminated_anywhere_it_ends_as_if_nothing_had_happened(tmp_path):
-    done = faults.campaign(tmp_path, kills=1, terms=1, seed=5, say=lambda line: None)
+def test_killed_anywhere_it_ends_as_if_nothing_had_happened(tmp_path):
+    """Terminated from outside: test_distributed.py; again and again: benchmarks/faults.py."""
+    done = faults.campaign(tmp_path, kills=1, terms=0, seed=5, say=lambda line: None)
     assert done.different == []
     assert done.runs >= 1
 

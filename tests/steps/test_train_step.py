@@ -437,10 +437,17 @@ class Step:
 
 
 step_of = functools.cache(Step)
-STRATEGIES = [("own", 0), ("own", 1), ("own", 2), ("balanced", 0), ("in_batch", 0), ("uniform", 0)]
+# test_mesh.py runs every strategy on eight devices, those that are slow here among them.
+ON_EIGHT = [
+    *[("own", 0), ("own", 1), ("own", 2)],
+    *[
+        pytest.param(name, 0, marks=pytest.mark.slow)
+        for name in ("balanced", "in_batch", "uniform")
+    ],
+]
 
 
-@pytest.mark.parametrize(("name", "which"), STRATEGIES)
+@pytest.mark.parametrize(("name", "which"), ON_EIGHT)
 def test_five_steps_are_the_same_on_one_and_on_eight_devices(name, which):
     state, cache, measured = jax.device_get(step_of(name, 1).run(which=which))
     other, _, others = jax.device_get(step_of(name, 8).run(which=which))
