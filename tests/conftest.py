@@ -41,7 +41,8 @@ os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Going through every object that tracing made, gigabytes of them after some files, takes seconds
-# each time, and was a quarter of the time of the tests that train. Younger objects are collected as ever.
+# each time, and was a quarter of the time of the tests that train. Younger objects are collected
+# as ever.
 gc.set_threshold(*gc.get_threshold()[:2], 1000)
 
 
