@@ -1,7 +1,7 @@
 """What the tests hold the package against: docs/method.md, 1 to 5 written down in NumPy float64.
 
 Nothing here looks at how the package computes. Below the formulas stand `Free`, the smallest dual
-encoder (its embeddings are its parameters), and `jit`, which compiles a test's programs quickly.
+encoder (its embeddings are its parameters), and `jit`, for programs that are not tiny.
 """
 
 from __future__ import annotations
@@ -17,16 +17,11 @@ from scipy.special import erf
 from corrector_jax.cache import TargetCache, TargetTokens
 from corrector_jax.types import Array, Batch
 
-# Compiling is most of a test's time, and its programs are tiny: no optimisation by LLVM.
-QUICK = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 11):  # removed from XLA later
-    QUICK["xla_cpu_use_fusion_emitters"] = False
-
 
 def jit(function, *, heavy=False, **options):
-    """`jax.jit` that compiles several times faster; `heavy` for a program that runs for long."""
-    level = {"xla_backend_optimization_level": 1} if heavy else {}
-    return jax.jit(function, compiler_options=QUICK | level, **options)
+    """`jax.jit`; `heavy` compiles a program that runs for long better than conftest.py asks for."""
+    level = {"xla_backend_optimization_level": 1} if heavy else None
+    return jax.jit(function, compiler_options=level, **options)
 
 
 def f64(x) -> np.ndarray:

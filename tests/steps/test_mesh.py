@@ -154,9 +154,7 @@ class Steps:
             donate_argnums=0,
         )
         step = self.program.train_step()
-        self.compiled = step.lower(*self.start(), self.tokens, *self.given(0)).compile(
-            compiler_options=oracle.QUICK
-        )
+        self.compiled = step.lower(*self.start(), self.tokens, *self.given(0)).compile()
         self.draw = oracle.jit(self._draw)
         self.embed = oracle.jit(self.program.model.encode_targets)
         nystrom = self.program.config.strategy == "nystrom"

@@ -425,10 +425,7 @@ def steps_of(mesh):
     seen, measured = [place.fetch(state)], []
     stages = program.stages()
     first, second = (
-        stage.step.lower(state, cache, tables, *given(place, 0)).compile(
-            compiler_options=oracle.QUICK
-        )
-        for stage in stages
+        stage.step.lower(state, cache, tables, *given(place, 0)).compile() for stage in stages
     )
     for number in range(4):
         step = first if number < stages[1].start else second

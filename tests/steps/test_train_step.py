@@ -385,7 +385,7 @@ class Step:
         jitted = self.place.jit_step(step, (everywhere, rows, everywhere), donate=(0, 1))
         self.tokens = self.place_tokens()
         arguments = (*self.start(), self.tokens, self.batch(0), self.key(0), self.number(0))
-        self.compiled = jitted.lower(*arguments).compile(compiler_options=oracle.QUICK)
+        self.compiled = jitted.lower(*arguments).compile()
 
     def place_tokens(self):
         return caches.create_tokens(
