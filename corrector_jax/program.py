@@ -145,7 +145,7 @@ class Program:
         params = None
         if encoder_params is not None:
             params = self.model.from_encoder_params(encoder_params)
-        return jax.jit(self.initial, out_shardings=self.state_sharding)(params, reader_params)
+        return self._placed_initial(params, reader_params)
 
     def empty_cache(self) -> TargetCache:
         """A cache of the right shape with nothing in it."""
@@ -157,6 +157,10 @@ class Program:
             place=self.place,
             lengths=self.method.corrector.has_lengths,
         )
+
+    @functools.cached_property
+    def _placed_initial(self) -> Wrapped:
+        return jax.jit(self.initial, out_shardings=self.state_sharding)
 
     @functools.cached_property
     def state_sharding(self) -> TrainState:

@@ -6,7 +6,7 @@ under it too.
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import functools
 import gc
 import json
@@ -78,7 +78,10 @@ def _runs_alike_compile_once() -> Iterator[None]:
         key = (*shaping, config.refresh.rows, *parts)
         if key not in programs:
             programs[key] = make_program(config, *parts)
-        return dataclasses.replace(programs[key], config=config)
+            programs[key]._placed_initial  # noqa: B018 - every copy has what this one has cached
+        program = copy.copy(programs[key])
+        object.__setattr__(program, "config", config)
+        return program
 
     def jitted_once(place: Any, step: Callable[..., Any], out: Any, donate: Any = ()) -> Any:
         import jax
