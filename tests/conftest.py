@@ -11,6 +11,7 @@ import functools
 import gc
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,10 +114,22 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     One of its targets, t0, is hostile to whoever shows it; its environment held `tiny.SECRETS`.
     """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # made once, by whoever asks first
+        folder = folder.parent
+    made, own = folder / "finished", tmp_path_factory.mktemp("own") / "run"
+    with filelock.FileLock(folder / "finished.lock"):
+        if not (made / "run" / "report.html").exists():
+            _finish(made)
+    shutil.copytree(made / "run", own)
+    return own
+
+
+def _finish(folder: Path) -> None:
     from corrector_jax.train import train
     from tests import tiny
 
-    folder = tmp_path_factory.mktemp("finished")
+    folder.mkdir()
     tiny.overrides(folder)
     corpus = folder / "data" / "corpus.jsonl"
     first, *others = corpus.read_text().splitlines(keepends=True)
@@ -127,7 +141,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, value in tiny.SECRETS.items():
             patch.setenv(name, value)
         train(config, folder / "run", started=time.monotonic())
-    return folder / "run"
 
 
 @pytest.fixture(scope="session")

@@ -177,7 +177,11 @@ def of_encoders(devices, way, shared):
 
 @pytest.mark.parametrize(
     ("devices", "way", "shared"),
-    [(1, "remat", True), (1, "both", False), (8, "both", False)],
+    [
+        pytest.param(1, "remat", True, marks=pytest.mark.slow),
+        pytest.param(1, "both", False, marks=pytest.mark.slow),
+        (8, "both", False),
+    ],
 )
 def test_chunks_and_remat_change_neither_embeddings_nor_gradients(devices, way, shared):
     ((_, plain), gradient) = of_encoders(1, "plain", shared)
@@ -303,7 +307,7 @@ def test_bfloat16_is_close_to_float32():
     assert its.fresh.dtype == np.float32
 
 
-@pytest.mark.parametrize("strategy", ["stale", "corrected"])
+@pytest.mark.parametrize("strategy", [pytest.param("stale", marks=pytest.mark.slow), "corrected"])
 def test_int8_rows_are_close_to_float32(strategy):
     value, chosen, gradient = of_task(strategy)
     rounded, its, its_gradient = of_task(strategy, cache__dtype="int8")

@@ -202,6 +202,7 @@ def test_bfloat16_is_close(made):
         assert np.abs(a - b).mean() < 0.1 * np.abs(b).mean()
 
 
+@pytest.mark.slow  # a step of one on a mesh: steps/test_reader_step.py
 def test_one_device_is_eight():
     """Parameters split by their axes, questions by example, and passages encoded in chunks."""
     reader, params = make("1.1")
