@@ -42,10 +42,10 @@ os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 # Compiling is most of a test's time, small programs more than large ones: keep all of them.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# Going through every object that tracing made, gigabytes of them after some files, takes seconds
-# each time, and was a quarter of the time of the tests that train. Younger objects are collected
-# as ever.
-gc.set_threshold(*gc.get_threshold()[:2], 1000)
+# Tracing makes gigabytes of objects that stay: going through all of them takes seconds each time,
+# and was a quarter of the time of the tests that train; going through the youngest every 700 is a
+# tenth of tracing.
+gc.set_threshold(100_000, 10, 1000)
 
 
 @pytest.fixture(scope="session", autouse=True)
