@@ -16,7 +16,7 @@ help: ## Show this list
 
 setup: $(STAMP) ## Make the environment (about 2.1 GB in VENV, the TPU compiler among it), once
 
-# uv takes an eighth of pip's time. It reads neither pip.conf nor PIP_ variables (its own are
+# uv takes a tenth of pip's time. It reads neither pip.conf nor PIP_ variables (its own are
 # UV_DEFAULT_INDEX, SSL_CERT_FILE): where it cannot install, pip does.
 INSTALL = $(UV) pip install --python $(BIN)/python $(1) || $(PIP) install $(1)
 

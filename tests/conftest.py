@@ -44,7 +44,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Tracing makes gigabytes of objects that stay: going through all of them takes seconds each time,
 # and was a quarter of the time of the tests that train; going through the youngest every 700 is a
-# tenth of tracing.
+# twentieth of tracing.
 gc.set_threshold(100_000, 10, 1000)
 
 

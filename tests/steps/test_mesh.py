@@ -67,7 +67,7 @@ QUICK_CASES = [
     *[(name, "2x2x2") for name in ("corrected", "mined", "nystrom", "rolling")],
     ("in_batch", "2x4x1"),
 ]
-"""Their programs hold what those of the others do, at twelve CPU seconds a program."""
+"""What is not slow: twelve CPU seconds a program."""
 PAIRS = [
     pytest.param(name, mesh, marks=() if (name, mesh) in QUICK_CASES else pytest.mark.slow)
     for name in CASES
