@@ -31,7 +31,7 @@ FIRST = 3
 
 def finish(
     job: Job, params: PyTree, workdir: AnyPath, position: Position, started: float
-) -> AnyPath:
+) -> None:
     """Writes everything that is made of the run's evaluations, and prints the summary.
 
     Args:
@@ -40,23 +40,21 @@ def finish(
       workdir: the run's folder, with its evaluations.
       position: the ledger and the times.
       started: when the run began, by `time.monotonic()`.
-
-    Returns:
-      The path of report.html.
     """
+    log = job.config.log
     paths.write(workdir / "examples.json", json.dumps(examples(job, workdir)) + "\n")
     final = write_final(job, params, workdir, position)
     summary = results(job, workdir, position)
     # The report shows wall_seconds up to itself; results.json then counts the report too.
     stamp(summary, workdir, started)
-    path = write_report(workdir)
-    if job.config.log.tensorboard:
+    report = write_report(workdir) if log.report else None
+    if report and log.tensorboard:
         write_pictures(workdir, pictures(workdir, position.step))
     stamp(summary, workdir, started)
     say("\n" + summary_table(summary))
     say(f"\nencoders: {final}")
-    say(f"report: {path}")
-    return path
+    if report:
+        say(f"report: {report}")
 
 
 def pictures(workdir: AnyPath, step: int) -> Iterator[tuple[int, str, bytes]]:

@@ -103,16 +103,13 @@ class Run:
         self.check()
 
 
-def train(config: ConfigDict, workdir: AnyPath, *, started: float) -> AnyPath:
+def train(config: ConfigDict, workdir: AnyPath, *, started: float) -> None:
     """Trains, evaluates before and after, and leaves the report; resumes what is there.
 
     Args:
       config: validated.
       workdir: the run's folder; made if it is not there.
       started: `time.monotonic()` when the process began.
-
-    Returns:
-      The path of report.html.
 
     Raises:
       UserError: the workdir holds another run or is in use, data, weights and configuration do
@@ -206,7 +203,6 @@ def train(config: ConfigDict, workdir: AnyPath, *, started: float) -> AnyPath:
             if lead:
                 finish(job, params, workdir, position, started)
             distributed.wait_for_all("the run is over")
-        return workdir / "report.html"
 
 
 def loop(

@@ -68,7 +68,8 @@ def _runs_alike_compile_once() -> Iterator[None]:
 
     Tracing and lowering what the run before has traced is most of a tiny run's time.
     """
-    from corrector_jax import job, sharding
+    from corrector_jax import embed, job, sharding
+    from corrector_jax.program import Program
 
     programs: dict[object, Any] = {}
     jitted: dict[object, Any] = {}
@@ -80,7 +81,6 @@ def _runs_alike_compile_once() -> Iterator[None]:
         key = (*shaping, config.refresh.rows, *parts)
         if key not in programs:
             programs[key] = make_program(config, *parts)
-            programs[key]._placed_initial  # noqa: B018 - every copy has what this one has cached
         program = copy.copy(programs[key])
         object.__setattr__(program, "config", config)
         return program
@@ -89,40 +89,54 @@ def _runs_alike_compile_once() -> Iterator[None]:
         import jax
 
         leaves, tree = jax.tree.flatten(out)
+        if owner := getattr(step, "__self__", None):  # equal methods of equal models are not equal
+            step = functools.partial(step.__func__, owner)
         bound = step if isinstance(step, functools.partial) else functools.partial(step)
         key = (bound.func, bound.args, *sorted(bound.keywords.items()), *leaves, tree, donate)
         if key not in jitted:
             jitted[key] = jit_step(place, step, out, donate)
         return jitted[key]
 
+    def known_once(made: functools.cached_property[Any]) -> property:
+        """Of all copies of a program and the jobs made of them: they have its optimizer."""
+        found: dict[object, Any] = {}
+
+        def known(program: Program) -> Any:
+            if program.tx not in found:
+                found[program.tx] = made.func(program)
+            return found[program.tx]
+
+        return property(known)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job, "make_program", made_once)
         patch.setattr(sharding.Placement, "jit_step", jitted_once)
+        patch.setattr(embed, "jit_embed", functools.cache(embed.jit_embed))
+        for name, made in list(vars(Program).items()):
+            if isinstance(made, functools.cached_property):
+                patch.setattr(Program, name, known_once(made))
         yield
 
 
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs that a test makes itself draw nothing: twenty pictures take longer than training."""
-    if results := sys.modules.get("corrector_jax.results"):
-        monkeypatch.setattr(results, "write_report", lambda workdir: workdir / "report.html")
-
-
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The workdir of a finished tiny run of the method; who changes it makes a copy.
+def folder_of_finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of `tiny.config`, with the data of a finished tiny run of the method, and `run` itself.
 
     One of its targets, t0, is hostile to whoever shows it; its environment held `tiny.SECRETS`.
     """
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:  # made once, by whoever asks first
         folder = folder.parent
-    made, own = folder / "finished", tmp_path_factory.mktemp("own") / "run"
     with filelock.FileLock(folder / "finished.lock"):
-        if not (made / "run" / "report.html").exists():
-            _finish(made)
-    shutil.copytree(made / "run", own)
-    return own
+        if not (folder / "finished" / "run" / "report.html").exists():
+            _finish(folder / "finished")
+    return folder / "finished"
+
+
+@pytest.fixture(scope="session")
+def finished(folder_of_finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of that run; who changes it makes a copy."""
+    return shutil.copytree(folder_of_finished / "run", tmp_path_factory.mktemp("own") / "run")
 
 
 def _finish(folder: Path) -> None:
@@ -136,7 +150,7 @@ def _finish(folder: Path) -> None:
     record = json.loads(first)
     record["text"] += f" {tiny.HOSTILE}"
     corpus.write_text("".join([json.dumps(record) + "\n", *others]))
-    config = tiny.config(folder, profile__steps="5:7")
+    config = tiny.config(folder, profile__steps="5:7", log__report=True)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in tiny.SECRETS.items():
             patch.setenv(name, value)

@@ -39,7 +39,8 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def config(folder):
-    return tiny.config(folder, reader=True, eval__every=4, eval__corpus="corrected")
+    changes = {"eval__every": 4, "eval__corpus": "corrected", "log__report": True}
+    return tiny.config(folder, reader=True, **changes)
 
 
 @pytest.fixture(scope="module")

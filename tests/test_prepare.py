@@ -51,11 +51,10 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("published")
 
 
-# The corpus of triviaqa is that of nq, its queries are read as they are. Here they are trained on;
-# what all four make of what was published: data/test_builders.py.
+# Here they are trained on; what all four make of what was published: data/test_builders.py.
 @pytest.mark.parametrize(
     "name",
-    [n if n in ("nq", "msmarco") else pytest.param(n, marks=pytest.mark.slow) for n in NAMES],
+    [n if n == "nq" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES],
 )
 def test_prepare_then_train_twenty_steps(folder, name, capsys):
     config = config_of(name, folder, data__cache_dir=str(folder / "cache" / name))

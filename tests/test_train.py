@@ -49,16 +49,14 @@ def rows(workdir: Path) -> list[dict]:
 
 # The runs of one module share their data, and so the programs that are compiled for it.
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("tiny")
+def folder(folder_of_finished) -> Path:
+    return folder_of_finished
 
 
 @pytest.fixture(scope="module")
 def corrected(folder) -> Path:
     """A finished run of the method itself."""
-    workdir = folder / "corrected"
-    run(tiny.config(folder), workdir)
-    return workdir
+    return shutil.copytree(folder / "run", folder / "corrected")
 
 
 def test_a_run_leaves_what_was_promised(corrected):
@@ -369,6 +367,17 @@ def test_a_finished_run_is_not_trained_again(folder, corrected):
     assert results["ledger"]["encoded_with_grad"] == 8 * 8 * 4
     assert final_state(tiny.config(folder), corrected) == before
     assert len(rows(corrected)) == written
+
+
+def test_a_report_that_was_left_out_is_drawn_by_the_same_command_with_it(
+    folder, corrected, tmp_path, monkeypatch
+):
+    drawn: list[Path] = []
+    monkeypatch.setattr("corrector_jax.results.write_report", drawn.append)
+    workdir = shutil.copytree(corrected, tmp_path / "run")
+    for report, then in ((False, []), (True, [workdir])):
+        run(tiny.config(folder, log__report=report), workdir)
+        assert drawn == then
 
 
 def test_another_configuration_is_refused_and_nothing_is_lost(folder, corrected):

@@ -115,6 +115,7 @@ def overrides(folder: Path) -> dict[str, object]:
         "checkpoint.every": 4,
         "log.every": 1,
         "log.tensorboard": False,
+        "log.report": False,  # twenty pictures take longer than training
         "mesh.devices": 2,
     }
 
