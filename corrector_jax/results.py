@@ -29,9 +29,7 @@ FIRST = 3
 """Results shown of each."""
 
 
-def finish(
-    job: Job, params: PyTree, workdir: AnyPath, position: Position, started: float
-) -> None:
+def finish(job: Job, params: PyTree, workdir: AnyPath, position: Position, started: float) -> None:
     """Writes everything that is made of the run's evaluations, and prints the summary.
 
     Args:

@@ -132,11 +132,11 @@ def test_every_strategy_runs_and_says_what_it_cost(folder, strategy, passes, cha
 
 
 def test_a_refresh_makes_the_cache_fresh_and_resets_the_corrector(folder):
-    config = tiny.config(folder, refresh__every=4, train__steps=5, checkpoint__every=5)
+    config = tiny.config(folder, refresh__every=7)
     run(config, folder / "reset")
     state, cache, position = saved(config, folder / "reset")
-    assert position.cache["step"] == 4
-    assert set(np.asarray(cache.written_at)[: cache.size]) == {4}
+    assert position.cache["step"] == 7
+    assert set(np.asarray(cache.written_at)[: cache.size]) == {7}
     assert float(state.corrector.gate) == 0.0
     # One step after the reset: one update of Adam, the first of a new ramp.
     assert int(state.corrector.opt_state[0].count) == 1
@@ -144,10 +144,9 @@ def test_a_refresh_makes_the_cache_fresh_and_resets_the_corrector(folder):
 
 def test_probes_are_counted_from_the_snapshot(folder):
     """A refresh that falls on a probe must not keep the gate closed for good."""
-    config = tiny.config(folder, refresh__every=4, corrector__probe_every=2, eval__bm25=False)
-    run(config, folder / "probes")
+    run(tiny.config(folder, refresh__every=4, eval__bm25=False), folder / "probes")
     probed = [row["step"] for row in rows(folder / "probes") if "probe/gate" in row]
-    assert probed == [2, 6]
+    assert probed == [3, 7]
 
 
 def test_a_snapshot_is_kept_as_long_as_a_checkpoint_refers_to_it(folder):
@@ -392,13 +391,13 @@ def test_a_first_wrong_try_does_not_lock_the_workdir(folder):
     wrong = tiny.config(folder, data__path=str(folder / "typo"))
     with pytest.raises(UserError, match="typo"):
         run(wrong, folder / "retried")
-    config = tiny.config(folder, train__steps=4, eval__bm25=False)
-    assert run(config, folder / "retried")["steps"] == 4
+    config = tiny.config(folder, eval__bm25=False)
+    assert run(config, folder / "retried")["steps"] == 8
 
 
 def test_data_that_changed_is_refused(folder, tmp_path):
     data = tiny.write_data(tmp_path / "data")
-    config = tiny.config(folder, data__path=str(data), train__steps=4, eval__bm25=False)
+    config = tiny.config(folder, data__path=str(data), eval__bm25=False)
     run(config, tmp_path / "run")
     corpus = (data / "corpus.jsonl").read_text().splitlines(keepends=True)
     corpus[3] = corpus[4].replace('"t4"', '"t3"')
@@ -435,9 +434,7 @@ def test_a_missing_or_damaged_cache_snapshot_is_refused(folder):
 
 def test_evaluation_during_training_ranks_what_it_was_told_to(folder):
     for corpus, encoded in (("full", tiny.TARGETS), ("corrected", 0)):
-        config = tiny.config(
-            folder, eval__every=4, eval__corpus=corpus, eval__bm25=False, train__steps=6
-        )
+        config = tiny.config(folder, eval__every=4, eval__corpus=corpus, eval__bm25=False)
         results = run(config, folder / f"eval-{corpus}")
         assert results["ledger"]["evaluation"] == tiny.TARGETS + encoded
         during = [row for row in rows(folder / f"eval-{corpus}") if row["step"] == 4]

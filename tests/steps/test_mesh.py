@@ -64,7 +64,7 @@ CASES = {
 """Strategy, and what else -> keys of the configuration."""
 
 QUICK_CASES = [
-    *[(name, "2x2x2") for name in ("corrected", "mined", "nystrom", "rolling")],
+    *[(name, "2x2x2") for name in ("corrected", "mined", "rolling")],
     ("in_batch", "2x4x1"),
 ]
 """What is not slow: twelve CPU seconds a program."""
