@@ -32,7 +32,9 @@ def leaves(tree: PyTree) -> dict[str, tuple[str, list[int], str]]:
       path of the leaf -> (dtype, shape, digest as 16 hex digits). Waits for the arrays.
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    sums = jax.device_get(_sums([leaf for _, leaf in flat]))
+    # A hundred leaves have a dozen shapes: compiling a program for each takes seconds, compiling
+    # one of all leaves as long as a train step.
+    sums = jax.device_get([_sum(leaf) for _, leaf in flat])
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): (
             str(leaf.dtype),
@@ -50,10 +52,6 @@ def of(tree: PyTree) -> str:
 
 
 @jax.jit
-def _sums(arrays: list[Array]) -> list[Array]:
-    return [_sum(array) for array in arrays]
-
-
 def _sum(array: Array) -> Array:
     """[2] uint32: the sums over elements of their bits mixed with their place."""
     words: Any = array
