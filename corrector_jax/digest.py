@@ -33,8 +33,9 @@ def leaves(tree: PyTree) -> dict[str, tuple[str, list[int], str]]:
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     # A hundred leaves have a dozen shapes: compiling a program for each takes seconds, compiling
-    # one of all leaves as long as a train step.
-    sums = jax.device_get([_sum(leaf) for _, leaf in flat])
+    # one of all leaves as long as a train step. One after the other: of several programs in flight
+    # two processes may begin another one first, and wait for each other for ever.
+    sums = [jax.device_get(_sum(leaf)) for _, leaf in flat]
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): (
             str(leaf.dtype),
