@@ -279,7 +279,9 @@ def test_top_k_is_a_sort_of_the_corrected_logits(corrector, gate):
     assert drawn.kappa is None
 
 
-@pytest.mark.parametrize("corrector", [Identity(), Mlp()], ids=str)
+@pytest.mark.parametrize(
+    "corrector", [pytest.param(Identity(), marks=pytest.mark.slow), Mlp()], ids=str
+)
 def test_gumbel_top_k_draws_follow_the_softmax_without_replacement(corrector):
     """The first is a draw from P; the second, given the first, from P without it."""
     queries, _, known = problem()

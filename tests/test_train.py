@@ -369,14 +369,16 @@ def test_a_finished_run_is_not_trained_again(folder, corrected):
 
 
 def test_a_report_that_was_left_out_is_drawn_by_the_same_command_with_it(
-    folder, corrected, tmp_path, monkeypatch
+    folder, corrected, tmp_path, monkeypatch, capsys
 ):
-    drawn: list[Path] = []
-    monkeypatch.setattr("corrector_jax.results.write_report", drawn.append)
     workdir = shutil.copytree(corrected, tmp_path / "run")
-    for report, then in ((False, []), (True, [workdir])):
+    page = workdir / "report.html"
+    page.unlink()
+    monkeypatch.setattr("corrector_jax.report.parts.drawn", lambda *_: (b"", b""))
+    for report, last in ((False, f"encoders: {workdir / 'final'}"), (True, f"report: {page}")):
         run(tiny.config(folder, log__report=report), workdir)
-        assert drawn == then
+        assert page.exists() == report
+        assert capsys.readouterr().out.splitlines()[-1] == last
 
 
 def test_another_configuration_is_refused_and_nothing_is_lost(folder, corrected):

@@ -445,6 +445,7 @@ ON_EIGHT = [
         for name in ("balanced", "in_batch", "uniform")
     ],
 ]
+OWN_AND_BALANCED = ["own", pytest.param("balanced", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(("name", "which"), ON_EIGHT)
@@ -469,7 +470,7 @@ def test_five_steps_are_the_same_on_one_and_on_eight_devices(name, which):
     assert max(jax.tree.leaves(moved)) > 5e-3
 
 
-@pytest.mark.parametrize("name", ["own", "balanced"])
+@pytest.mark.parametrize("name", OWN_AND_BALANCED)
 @pytest.mark.parametrize("devices", [1, 8])
 def test_state_and_cache_are_updated_in_place(name, devices):
     step = step_of(name, devices)
@@ -488,7 +489,7 @@ def sizes(program):
     return {math.prod(int(n) for n in shape.split(",")) for shape in shapes}
 
 
-@pytest.mark.parametrize("name", ["own", "balanced"])
+@pytest.mark.parametrize("name", OWN_AND_BALANCED)
 def test_nothing_of_size_queries_times_targets(name):
     whole = sizes(step_of(name, 1).compiled.as_text())
     assert N * 16 < max(whole) < BATCH * N  # the largest is the cache itself
