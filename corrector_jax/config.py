@@ -256,7 +256,7 @@ def default() -> ConfigDict:
     c.log = ConfigDict()
     c.log.every = 10  # steps between lines of metrics.jsonl
     c.log.tensorboard = True  # events beside metrics.jsonl
-    c.log.report = True  # report.html and its pictures, at the end; they take as long as 100 steps
+    c.log.report = True  # report.html and its pictures, at the end
 
     c.profile = ConfigDict()
     c.profile.steps = ""  # trace these, as 20:25 (25 not among them), into profile/; empty = none

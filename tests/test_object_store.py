@@ -82,7 +82,9 @@ def command(store, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_a_run_on_an_object_store_is_the_run_on_a_disk(tmp_path, store):
     config, workdir = faults.write_config(tmp_path), "gs://bucket/runs/mine"
-    keys = ("--config.train.steps=6", "--config.log.tensorboard=True")
+    keys = (
+        "--config.train.steps=6", "--config.log.tensorboard=True", "--config.log.report=True",
+    )  # fmt: skip
     # Two parts, for what grows is appended to, which an object store cannot do.
     constant = ("--config.train.schedule=constant", *keys[1:])
     for steps in (3, 6):
