@@ -144,9 +144,10 @@ def test_a_refresh_makes_the_cache_fresh_and_resets_the_corrector(folder):
 
 def test_probes_are_counted_from_the_snapshot(folder):
     """A refresh that falls on a probe must not keep the gate closed for good."""
-    run(tiny.config(folder, refresh__every=4, eval__bm25=False), folder / "probes")
+    config = tiny.config(folder, refresh__every=4, corrector__probe_every=2, eval__bm25=False)
+    run(config, folder / "probes")
     probed = [row["step"] for row in rows(folder / "probes") if "probe/gate" in row]
-    assert probed == [3, 7]
+    assert probed == [2, 6]
 
 
 def test_a_snapshot_is_kept_as_long_as_a_checkpoint_refers_to_it(folder):
