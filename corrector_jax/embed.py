@@ -7,7 +7,6 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.stages import Wrapped
@@ -115,7 +114,7 @@ class Embedder:
 def jit_embed(model: DualEncoder, place: Placement) -> Wrapped:
     """`embed_step`, jitted: (params, tokens, ids [b], length=T) -> [b, D] on every device."""
     step = functools.partial(embed_step, model=model, place=place)
-    return jax.jit(step, static_argnames="length", out_shardings=place.everywhere)
+    return place.jit_step(step, place.everywhere, static=("length",))
 
 
 def embed_table(

@@ -236,19 +236,24 @@ class Placement:
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
 
     def jit_step(
-        self, step: Callable[..., Any], out: PyTree, donate: tuple[int, ...] = ()
+        self,
+        step: Callable[..., Any],
+        out: PyTree,
+        donate: tuple[int, ...] = (),
+        static: tuple[str, ...] = (),
     ) -> Wrapped:
         """Compiles a step for this mesh.
 
         Args:
-          step: a pure function of positional arrays.
+          step: a pure function of positional arrays, and of what is static by keyword.
           out: shardings of what it returns (a prefix of its tree).
           donate: positions of arguments whose buffers the results reuse.
+          static: names of arguments of which each value is a program of its own.
 
         Returns:
           The jitted function.
         """
-        return jax.jit(step, out_shardings=out, donate_argnums=donate)
+        return jax.jit(step, out_shardings=out, donate_argnums=donate, static_argnames=static)
 
 
 def make_placement(

@@ -68,7 +68,7 @@ def _runs_alike_compile_once() -> Iterator[None]:
 
     Tracing and lowering what the run before has traced is most of a tiny run's time.
     """
-    from corrector_jax import embed, job, sharding
+    from corrector_jax import job, sharding
     from corrector_jax.program import Program
 
     programs: dict[object, Any] = {}
@@ -85,16 +85,19 @@ def _runs_alike_compile_once() -> Iterator[None]:
         object.__setattr__(program, "config", config)
         return program
 
-    def jitted_once(place: Any, step: Callable[..., Any], out: Any, donate: Any = ()) -> Any:
+    def jitted_once(
+        place: Any, step: Callable[..., Any], out: Any, donate: Any = (), static: Any = ()
+    ) -> Any:
         import jax
 
         leaves, tree = jax.tree.flatten(out)
         if owner := getattr(step, "__self__", None):  # equal methods of equal models are not equal
             step = functools.partial(step.__func__, owner)
         bound = step if isinstance(step, functools.partial) else functools.partial(step)
-        key = (bound.func, bound.args, *sorted(bound.keywords.items()), *leaves, tree, donate)
+        given = (bound.func, bound.args, *sorted(bound.keywords.items()))
+        key = (*given, *leaves, tree, donate, static)
         if key not in jitted:
-            jitted[key] = jit_step(place, step, out, donate)
+            jitted[key] = jit_step(place, step, out, donate, static)
         return jitted[key]
 
     def known_once(made: functools.cached_property[Any]) -> property:
@@ -111,7 +114,6 @@ def _runs_alike_compile_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job, "make_program", made_once)
         patch.setattr(sharding.Placement, "jit_step", jitted_once)
-        patch.setattr(embed, "jit_embed", functools.cache(embed.jit_embed))
         for name, made in list(vars(Program).items()):
             if isinstance(made, functools.cached_property):
                 patch.setattr(Program, name, known_once(made))
