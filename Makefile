@@ -7,6 +7,10 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 UV := $(BIN)/uv
 
+# uv installs without bytecode: the first import leaves it. Where the environment forbids that, as
+# images for containers do, every start would compile 700 modules anew, which takes 5 s.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test parity slow docs notebooks format lock clean
 
