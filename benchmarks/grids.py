@@ -141,6 +141,13 @@ GRIDS: dict[str, Grid] = {
         targets=20_000,
         shares="small",
     ),
+    # All of the data that small is cut from: five times as many targets in the same steps.
+    "full": Grid(
+        setting=_SMALL,
+        cells=("stale", "corrected-linear", "refreshed-25"),
+        seeds=(0,),
+        corrected=("corrected-linear",),
+    ),
     # Other data, the same setting but for longer targets: nothing was chosen on them.
     "sentences": Grid(
         setting={**_SMALL, "data.target_max_len": 40},

@@ -136,7 +136,7 @@ def test_with_other_processes_on_the_way_a_run_ends_as_one_would(folder, alone, 
         found = ends(job)
         expected = 75 if told is not None else 0
         assert [code for code, _ in found] == [expected] * processes, found
-    if told is not None:
+    if not (workdir / "results.json").exists():
         finish_here(folder, workdir)
     one, other = steps(alone), steps(workdir)
     assert list(other) == list(one) == list(range(1, 13))
