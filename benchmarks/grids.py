@@ -145,7 +145,6 @@ GRIDS: dict[str, Grid] = {
     "full": Grid(
         setting=_SMALL,
         cells=("stale", "corrected-linear", "refreshed-25"),
-        seeds=(0,),
         corrected=("corrected-linear",),
     ),
     # Other data, the same setting but for longer targets: nothing was chosen on them.
