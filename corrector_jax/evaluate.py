@@ -413,7 +413,7 @@ def _require_search(search: str) -> None:
     if reason := index.why_not():
         raise UserError(
             f"config.eval.search is 'scann' but ScaNN cannot be imported ({reason}): pip install "
-            "scann, or write --config.eval.search=exact"
+            "scann and import no TensorFlow before it, or write --config.eval.search=exact"
         )
 
 

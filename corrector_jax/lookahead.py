@@ -279,8 +279,8 @@ def make_lookahead(job: Job) -> Lookahead:
         return InIndex(job)
     say(
         f"ScaNN cannot be imported ({missing}), so every step sweeps the cache on the device for "
-        "its candidates, which costs what config.negatives.proposal=topk does: pip install scann, "
-        "or drop config.negatives.proposal=scann"
+        "its candidates, which costs what config.negatives.proposal=topk does: pip install scann "
+        "and import no TensorFlow before it, or drop config.negatives.proposal=scann"
     )
     return InCache(job)
 
